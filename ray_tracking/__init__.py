@@ -1,0 +1,1 @@
+"""Distributed training on Ray: one run that survives anything, tracked everywhere."""

@@ -1,0 +1,123 @@
+"""`ray-tracking train TARGET` and `ray-tracking demo`:
+check everything that can be checked, then run on Ray."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ray_tracking.cli.options import (
+    Address,
+    ConfigFile,
+    Debug,
+    Environment,
+    RunId,
+    Settings,
+    StorageUri,
+    load_config,
+    overrides_of,
+)
+
+if TYPE_CHECKING:
+    from ray_tracking.config import Config
+
+DEMO_TARGET = "ray_tracking.examples.digits:train"
+
+
+def train(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="module:function or path/file.py:function.")
+    ],
+    config: ConfigFile = None,
+    env: Environment = None,
+    settings: Settings = None,
+    storage: StorageUri = None,
+    run_id: RunId = None,
+    address: Address = None,
+    debug: Debug = False,
+) -> None:
+    """Train TARGET, a function that takes a `run`, on Ray workers."""
+    resolved = load_config(config, env, overrides_of(settings, storage))
+    _run(target, resolved, run_id, address, debug)
+
+
+def demo(
+    config: ConfigFile = None,
+    env: Environment = None,
+    settings: Settings = None,
+    storage: StorageUri = None,
+    run_id: RunId = None,
+    address: Address = None,
+    debug: Debug = False,
+) -> None:
+    """Train a small network on handwritten digits, tracked everywhere: the first thing to try.
+
+    The demo brings its own settings; a file given with -c takes their place.
+    """
+    overrides = overrides_of(settings, storage)
+    resolved = load_config(config, env, overrides)
+    if config is None:
+        # checked above already: the example imports torch, and a misspelt key should not wait for it
+        from ray_tracking.config import with_overrides
+        from ray_tracking.examples.digits import demo_config
+
+        resolved = with_overrides(load_config(None, env, demo_config()), overrides)
+    _run(DEMO_TARGET, resolved, run_id, address, debug)
+
+
+def _run(target: str, config: Config, run_id: str | None, address: str | None, debug: bool) -> None:
+    """Everything that can be wrong is found in this order, the quick checks first, before ray is imported."""
+    from ray_tracking.cli.progress import ProgressView
+    from ray_tracking.log import configure
+    from ray_tracking.runs.store import check_run_id
+    from ray_tracking.runtime.target import load_target
+    from ray_tracking.storage import Storage
+
+    configure("debug" if debug else config.logging.level, json=config.logging.json)
+    if run_id is not None:
+        check_run_id(run_id)
+    storage = Storage.open(config.storage)
+    storage.probe()
+    loaded = load_target(target)
+
+    from ray_tracking.runtime.trainer import TrainingManager
+
+    with ProgressView() as view:
+        manager = TrainingManager(config, run_id=run_id, address=address, observer=view.report)
+        result = manager.fit(loaded.function, entrypoint=target, code_digest=loaded.digest)
+    _print_result(result, config, storage)
+
+
+def _print_result(result: Any, config: Config, storage: Any) -> None:
+    """Final and best metrics, checkpoints kept, where to look."""
+    import time
+
+    from ray_tracking.cli import output
+    from ray_tracking.cli.runs import print_backends
+    from ray_tracking.monitoring.overview import overview
+    from ray_tracking.runs.store import RunStore
+
+    view = overview(RunStore(storage), result.run_id, time.time())
+    screen = output.console()
+    steps = [str(kept.step) + (" (best)" if kept.best else "") for kept in view.checkpoints if kept.complete]
+    screen.print(
+        output.facts(
+            [
+                ("run", result.run_id),
+                ("status", view.status),
+                ("step", view.last_step),
+                ("took", output.duration((view.ended or view.alive) - view.created)),
+                ("checkpoints", ", ".join(steps) or "none"),
+            ]
+        )
+    )
+    rows = [(key, output.number(of["last"]), output.number(of["best"])) for key, of in view.metrics.items()]
+    if rows:
+        screen.print()
+        screen.print(output.table("Metrics", ("metric", "last", "best"), rows, right=("last", "best")))
+    print_backends(screen, view)
+    place = "" if config.storage in ("./runs", "runs") else f" --storage {storage.uri}"
+    screen.print()
+    screen.print(output.cell(f"See it:  ray-tracking ui{place}"))
+    screen.print(output.cell(f"Again:   ray-tracking runs show {result.run_id}{place}"))

@@ -1,0 +1,306 @@
+"""The shape of a configuration: every key, its type, its default and what it may be.
+
+The defaults here and `configs/base.yaml` say the same (a test holds them together), so a section that is
+given as a plain dict is filled in exactly as one that comes from the files.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date
+from difflib import SequenceMatcher
+from enum import Enum
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, field_validator, model_validator
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """In a field's annotation: what an error says is allowed, where the type alone does not say it."""
+
+    text: str
+
+
+def _whole(value: Any) -> Any:
+    """1e3 in YAML is a float; where a whole number is asked for it means 1000."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _weights(value: Any) -> Any:
+    if value is None or (isinstance(value, str) and value):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError("not weights")
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Positive = Annotated[int, BeforeValidator(_whole), Ge(1)]
+Seconds = Annotated[float, Gt(0)]
+Text = Annotated[str, MinLen(1)]
+Texts = Annotated[tuple[str, ...], Strict(False)]
+"""A YAML list arrives as a list; kept as a tuple, so that a config can't be changed by accident."""
+
+
+class Section(BaseModel, Mapping[str, Any]):
+    """One section: a frozen pydantic model that also reads as a mapping (`section["key"]`, `**section`).
+
+    Free-form values (`params`, `tags`, `args`, `sweep`) are plain dicts and lists, copied on the way in.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def __getitem__(self, key: str) -> Any:
+        if key in type(self).model_fields or key in (self.__pydantic_extra__ or {}):
+            return getattr(self, key)
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:  # type: ignore[override]
+        yield from type(self).model_fields
+        yield from self.__pydantic_extra__ or {}
+
+    def __len__(self) -> int:
+        return len(type(self).model_fields) + len(self.__pydantic_extra__ or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `json.dumps`: dicts, lists, text, numbers, bool, None. Secrets are still in it."""
+        return {key: _jsonable(value) for key, value in self.items()}
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, Enum):
+        return _jsonable(value.value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, date):
+        return value.isoformat()
+    return os.fspath(value) if isinstance(value, PurePath) else str(value)
+
+
+class ModelConfig(Section):
+    """What `create_model` builds."""
+
+    name: Text
+    """Dotted name of a class or function that returns a torch module, e.g. `torchvision.models.resnet18`."""
+    args: dict[str, Any] = {}
+    """Keyword arguments for it."""
+    weights: Annotated[
+        str | int | None,
+        BeforeValidator(_weights),
+        Allowed("latest, best, a step (a whole number, at least 0), a path, or null"),
+    ] = None
+    """Weights to start from: the run's `latest` or `best` checkpoint, that of a step, a path; null: none."""
+    device: Annotated[
+        str,
+        BeforeValidator(_lower),
+        Allowed("auto, cpu, cuda, cuda:<index>, mps or another device type of torch"),
+    ] = "auto"
+    """Where the model is placed. `auto`: the worker's GPU if it has one, else the CPU."""
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, value: str) -> str:
+        kind, colon, index = value.partition(":")
+        if not kind.isalpha() or (colon and not index.isdecimal()):
+            raise ValueError("not a device")
+        return value
+
+
+class ScalingConfig(Section):
+    """How many workers train, and what each of them gets."""
+
+    workers: Positive = 1
+    """Training processes, each with one rank."""
+    use_gpu: bool = False
+    """One GPU per worker (NCCL); otherwise CPU (gloo)."""
+    resources_per_worker: dict[str, Annotated[float, Ge(0)]] = {}
+    """Ray resources per worker, e.g. `{CPU: 2}`; empty: Ray's own choice."""
+
+
+class FailureConfig(Section):
+    """What is done when workers fail."""
+
+    max_failures: Annotated[int, BeforeValidator(_whole), Ge(-1)] = 3
+    """Restarts before the run fails; 0: none, -1: without limit."""
+
+
+class TensorBoardConfig(Section):
+    """The TensorBoard backend."""
+
+    enabled: bool = True
+    """Write event files."""
+    log_dir: Text | None = None
+    """Directory of the event files; null: `<storage>/tensorboard/<run id>`."""
+    update_freq: Positive = 1
+    """Write the scalars of every n-th step."""
+    flush_secs: Seconds = 10.0
+    """Seconds between two flushes of the event file."""
+
+
+class WandbConfig(Section):
+    """The Weights & Biases backend."""
+
+    enabled: bool = False
+    """Send to Weights & Biases."""
+    project: Text | None = None
+    """Project; null: the run's name."""
+    entity: Text | None = None
+    """User or team; null: the login's default."""
+    tags: Texts = ()
+    """Tags of the run there."""
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    """`offline` writes files that `wandb sync` can send later and needs no login."""
+
+
+class MLflowConfig(Section):
+    """The MLflow backend."""
+
+    enabled: bool = False
+    """Send to MLflow."""
+    tracking_uri: Text | None = None
+    """Server or database; null: SQLite on the run's storage."""
+    experiment_name: Text | None = None
+    """Experiment; null: the run's name."""
+    log_models: bool = False
+    """Also log the best checkpoint as a model."""
+
+
+class DeliveryConfig(Section):
+    """How patient delivery to the backends is. Training never waits for it."""
+
+    deadline_secs: Seconds = 60.0
+    """How long one call of a backend may take before it counts as hanging, in seconds."""
+    final_secs: Seconds = 30.0
+    """How long a run's end waits for backends to catch up, in seconds; `sync` sends the rest later."""
+
+
+class ExperimentTrackingConfig(Section):
+    """Which backends show the run."""
+
+    enabled: bool = True
+    """False: the journal is written, no backend is filled."""
+    tensorboard: TensorBoardConfig = TensorBoardConfig()
+    """TensorBoard."""
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""
+    mlflow: MLflowConfig = MLflowConfig()
+    """MLflow."""
+    delivery: DeliveryConfig = DeliveryConfig()
+    """Deadlines of delivery to all backends."""
+
+
+class EncryptionConfig(Section):
+    """Where the key that seals checkpoints comes from: exactly one of three. It never stands here itself."""
+
+    key_file: Text | None = None
+    """Path of a file that holds the key."""
+    key_env: Text | None = None
+    """Name of an environment variable that holds the key."""
+    key_command: Text | None = None
+    """Command that prints the key."""
+
+    @model_validator(mode="after")
+    def _check_one(self) -> EncryptionConfig:
+        if sum(value is not None for value in (self.key_file, self.key_env, self.key_command)) != 1:
+            raise ValueError("exactly one of key_file, key_env and key_command")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are saved, which are kept, and how they are stored."""
+
+    save_steps: Positive = 1000
+    """Save every n steps."""
+    save_total_limit: Positive | None = 3
+    """How many are kept; null: all."""
+    save_best_only: bool = False
+    """Save only when the monitor is better than ever before."""
+    monitor: Text = "val/loss"
+    """The metric that says which checkpoint is best."""
+    mode: Literal["min", "max"] = "min"
+    """Whether the best is the smallest or the largest."""
+    checkpoint_dir: Text | None = None
+    """Where a plain script keeps checkpoints; null: in the run's directory on the storage."""
+    compression: Literal["zstd"] | None = None
+    """Compress tensors; saves about 8 % on weights and costs time."""
+    encryption: EncryptionConfig | None = None
+    """Seal checkpoints with AES-256-GCM; null: not."""
+    save_every_seconds: Seconds | None = None
+    """Also save when this many seconds have passed since the last one; null: not."""
+    keep_every_steps: Positive | None = None
+    """Never delete checkpoints whose step is a multiple of this; null: no such rule."""
+
+
+class TrainingConfig(Section):
+    """Checkpoint strategies by name. A run uses `default`; others are for a script's own use."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, CheckpointConfig] = Field(init=False)
+
+    default: CheckpointConfig = CheckpointConfig()
+    """The strategy a run uses."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_misspelt_default(cls, data: Any) -> Any:
+        # Any other name is allowed here, so a slip of the finger would be taken as a strategy nobody uses.
+        for name in data if isinstance(data, Mapping) else ():
+            if name != "default" and SequenceMatcher(None, str(name).lower(), "default").ratio() >= 0.8:
+                raise ValueError(f"default and other names; {name!r} is too close to default to be another")
+        return data
+
+
+with warnings.catch_warnings():
+    # `json` is what the key is called; the deprecated BaseModel.json it hides is nobody's loss.
+    warnings.filterwarnings("ignore", message='Field name "json"')
+
+    class LoggingConfig(Section):
+        """The program's own log lines."""
+
+        level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = "info"
+        """The least that is shown; RAY_TRACKING_LOG_LEVEL and `--debug` override it."""
+        json: bool | None = None  # type: ignore[assignment]
+        """One JSON object per line; null: only where the output is no terminal."""
+
+
+class Config(Section):
+    """The whole configuration of a run; made by `get_config`."""
+
+    name: Text = "run"
+    """What the run is called in backends and listings; its run id begins with it."""
+    storage: Text = "./runs"
+    """Where runs live: a path or a URI that pyarrow knows (s3://, gs://)."""
+    seed: Annotated[int, BeforeValidator(_whole), Ge(0), Le(2**32 - 1)] = 0
+    """Seed of every random generator; each rank adds its own number."""
+    tags: dict[str, str] = {}
+    """Tags of the run, in every backend that knows tags."""
+    params: dict[str, Any] = {}
+    """The training function's own parameters (`run.params`): any keys, any values."""
+    model: ModelConfig | None = None
+    """What `create_model` builds; null: the training function builds its own."""
+    scaling: ScalingConfig = ScalingConfig()
+    """Workers and their resources."""
+    failure: FailureConfig = FailureConfig()
+    """Restarts."""
+    experiment_tracking: ExperimentTrackingConfig = ExperimentTrackingConfig()
+    """Backends."""
+    training: TrainingConfig = TrainingConfig()
+    """Checkpoint strategies."""
+    logging: LoggingConfig = LoggingConfig()
+    """Log lines."""
+    sweep: dict[str, Any] | None = None
+    """The search of `ray-tracking sweep`, as data."""

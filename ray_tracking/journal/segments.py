@@ -1,0 +1,170 @@
+"""What a segment is: one immutable file whose name alone tells its offsets and its digest.
+
+In: file names and sizes from a listing. Out: which files to read, which are leftovers, which to merge. Pure.
+
+    journal/attempt-001/000000000000-000000000999-<xxh3-64 of the file>.arrow   as appended or merged
+    journal/history.parquet/000000000000-000000123456-<xxh3-64>.parquet         compacted: a Parquet data set
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+ROOT = "journal"
+HISTORY = "history.parquet"
+FAN_OUT = 16
+_ROW = 64  # bytes of one scalar row in memory
+_TIERS = (128 << 10, 2 << 20, 32 << 20)  # weights: about 2 thousand, 32 thousand and half a million scalars
+TARGET = 64 << 20
+"""The most a merge or a history file gathers, in bytes in memory: what bounds the tracker's memory."""
+
+_NAME = re.compile(
+    rf"^{ROOT}/(?:attempt-(?P<attempt>\d{{3,}})|{re.escape(HISTORY)})"
+    r"/(?P<first>\d{12,})-(?P<last>\d{12,})-(?P<digest>[0-9a-f]{16})\.(?P<suffix>arrow|parquet)$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Offsets `first` to `last`, both included. `attempt` is its folder's, None in the history."""
+
+    first: int
+    last: int
+    digest: str
+    attempt: int | None
+    size: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its path below the run's directory."""
+        folder, suffix = (
+            (HISTORY, "parquet") if self.attempt is None else (f"attempt-{self.attempt:03d}", "arrow")
+        )
+        return f"{ROOT}/{folder}/{self.first:012d}-{self.last:012d}-{self.digest}.{suffix}"
+
+    @property
+    def rows(self) -> int:
+        return self.last - self.first + 1
+
+    @property
+    def weight(self) -> int:
+        """Its size in memory, about: scalars compress well on disk, images don't."""
+        return max(self.size, self.rows * _ROW)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A listing sorted out: `live` (by offset, no overlap), `covered` by a live one, `clashing` (neither)."""
+
+    live: tuple[Segment, ...]
+    covered: tuple[Segment, ...]
+    clashing: tuple[Segment, ...]
+
+    @property
+    def next_offset(self) -> int:
+        return max((segment.last + 1 for segment in (*self.live, *self.clashing)), default=0)
+
+
+def parse(name: str, size: int) -> Segment | None:
+    """The segment of that name (relative to the run's directory), or None for a file that is none."""
+    found = _NAME.match(name)
+    if found is None:
+        return None
+    attempt = int(found["attempt"]) if found["attempt"] else None
+    segment = Segment(int(found["first"]), int(found["last"]), found["digest"], attempt, size)
+    return segment if segment.name == name and segment.rows > 0 else None
+
+
+def layout(segments: Iterable[Segment]) -> Layout:
+    """The widest segment wins over those within it: a merge or compaction that was cut off leaves both.
+
+    Segments that overlap in part are never written by one writer: they are reported, not read.
+    """
+    live: list[Segment] = []
+    covered: list[Segment] = []
+    clashing: list[Segment] = []
+    end = -1
+    for segment in sorted(
+        segments, key=lambda one: (one.first, -one.last, one.attempt is not None, one.digest)
+    ):
+        if segment.first > end:
+            live.append(segment)
+            end = segment.last
+        elif segment.last <= end:
+            covered.append(segment)
+        else:
+            clashing.append(segment)
+    return Layout(tuple(live), tuple(covered), tuple(clashing))
+
+
+def gaps(live: Sequence[Segment], start: int) -> list[tuple[int, int]]:
+    """The offset ranges from `start` on, both ends included, that are missing before a later live segment."""
+    missing = []
+    for segment in live:
+        if segment.first > start:
+            missing.append((start, segment.first - 1))
+        start = max(start, segment.last + 1)
+    return missing
+
+
+def tier(segment: Segment) -> int:
+    return sum(segment.weight > bound for bound in _TIERS)
+
+
+def plan_merge(live: Sequence[Segment], barriers: frozenset[str] = frozenset()) -> tuple[Segment, ...]:
+    """The neighbours to merge next, or (): `FAN_OUT` of the lowest tier that has as many side by side.
+
+    So each row is rewritten about once per tier, and at most `FAN_OUT` segments lie between two full ones.
+    Neighbours share an attempt's folder and have no gap between them. `barriers` are names not to touch.
+    """
+    for level in range(len(_TIERS)):
+        run: list[Segment] = []
+        for segment in live:
+            if segment.attempt is None or tier(segment) > level or segment.name in barriers:
+                run = []
+                continue
+            if run and (run[-1].attempt != segment.attempt or run[-1].last + 1 != segment.first):
+                run = []
+            run.append(segment)
+            if len(run) == FAN_OUT:
+                return _within_target(run)
+    return ()
+
+
+def plan_history(
+    live: Sequence[Segment], barriers: frozenset[str] = frozenset()
+) -> list[tuple[Segment, ...]]:
+    """Groups of neighbours, each to become one file of the history.
+
+    Small files of the history are taken in again: a run resumed many times doesn't end as many of them.
+    """
+    groups: list[tuple[Segment, ...]] = []
+    group: list[Segment] = []
+
+    def close() -> None:
+        if any(segment.attempt is not None for segment in group):
+            groups.append(tuple(group))
+        group.clear()
+
+    for segment in live:
+        done = segment.attempt is None and segment.weight > TARGET // 2
+        if segment.name in barriers or done:
+            close()
+            continue
+        too_much = sum(one.weight for one in group) + segment.weight > TARGET
+        if group and (too_much or group[-1].last + 1 != segment.first):
+            close()
+        group.append(segment)
+    close()
+    return groups
+
+
+def _within_target(run: Sequence[Segment]) -> tuple[Segment, ...]:
+    taken = list(run[:2])
+    for segment in run[2:]:
+        if sum(one.weight for one in taken) + segment.weight > TARGET:
+            break
+        taken.append(segment)
+    return tuple(taken)

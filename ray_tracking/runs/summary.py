@@ -1,0 +1,102 @@
+"""Last, least and greatest value of every metric, kept as records arrive: what `runs show` prints without a scan."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray_tracking.records import Kind, Record
+from ray_tracking.storage import Storage
+
+_FILE = "summary.json"
+_HIGHER_IS_BETTER = (
+    "acc", "f1", "auc", "precision", "recall", "score", "reward", "return", "r2", "iou", "map", "bleu",
+    "rouge", "throughput", "per_sec", "samples_s", "psnr", "ssim",
+)  # fmt: skip
+
+
+def better_mode(key: str, monitor: str | None = None, mode: str = "min") -> str:
+    """`min` or `max`: which end of a metric is its best. The monitor has its own mode, others go by their name."""
+    if key == monitor:
+        return mode
+    name = key.rsplit("/", 1)[-1].lower()
+    if "loss" in name or "error" in name:
+        return "min"
+    return "max" if any(word in name for word in _HIGHER_IS_BETTER) else "min"
+
+
+@dataclass(slots=True)
+class MetricSummary:
+    """One metric. `least` and `greatest` are over finite values only, None while there is none."""
+
+    last: float
+    last_step: int
+    least: float | None = None
+    greatest: float | None = None
+    count: int = 0
+
+
+@dataclass(slots=True)
+class Summary:
+    """All metrics of a run up to journal offset `offset` (exclusive), and the step reached."""
+
+    offset: int = 0
+    last_step: int = 0
+    updated: float = 0.0
+    """Unix time of the last sign of life of the tracker process."""
+    metrics: dict[str, MetricSummary] = field(default_factory=dict)
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Take in journal rows; those before `offset` are known already and left out."""
+        for record in records:
+            if record.offset < self.offset:
+                continue
+            self.offset = record.offset + 1
+            if record.kind is not Kind.SCALAR or record.value is None:
+                continue
+            self.last_step = max(self.last_step, record.step)
+            metric = self.metrics.get(record.key)
+            if metric is None:
+                metric = self.metrics[record.key] = MetricSummary(record.value, record.step)
+            metric.last, metric.last_step = record.value, record.step
+            metric.count += 1
+            if math.isfinite(record.value):
+                metric.least = record.value if metric.least is None else min(metric.least, record.value)
+                metric.greatest = (
+                    record.value if metric.greatest is None else max(metric.greatest, record.value)
+                )
+
+    def best(self, monitor: str | None, mode: str) -> dict[str, dict[str, float | None]]:
+        """`{key: {last, best}}`, best by `better_mode`."""
+        return {
+            key: {
+                "last": metric.last,
+                "best": metric.least if better_mode(key, monitor, mode) == "min" else metric.greatest,
+            }
+            for key, metric in self.metrics.items()
+        }
+
+    def save(self, run: Storage) -> None:
+        metrics = {
+            key: [m.last, m.last_step, m.least, m.greatest, m.count] for key, m in self.metrics.items()
+        }
+        document: Mapping[str, Any] = {
+            "offset": self.offset,
+            "last_step": self.last_step,
+            "updated": self.updated,
+            "metrics": metrics,
+        }
+        run.write_bytes(_FILE, json.dumps(document).encode())
+
+    @classmethod
+    def load(cls, run: Storage) -> Summary:
+        """The saved summary; an empty one if there is none or it is damaged (it can be made anew from the journal)."""
+        try:
+            document = json.loads(run.read_bytes(_FILE))
+            metrics = {key: MetricSummary(*values) for key, values in document["metrics"].items()}
+            return cls(document["offset"], document["last_step"], document["updated"], metrics)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return cls()

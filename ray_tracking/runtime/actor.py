@@ -1,0 +1,97 @@
+"""The tracker as a Ray actor: one per run, without a CPU of its own, restarted when it dies."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ray_tracking.errors import RayTrackingError
+from ray_tracking.log import configure
+from ray_tracking.tracking.spec import TrackerSpec
+from ray_tracking.tracking.transport import TransportError
+
+_NICENESS = 10
+_FORWARDED = ("WANDB_", "MLFLOW_", "AWS_", "GOOGLE_", "RAY_TRACKING_", "DO_NOT_TRACK")
+
+
+def forwarded_environment() -> dict[str, str]:
+    """The driver's variables that backends and storage need where the tracker runs (Ray forwards none of them).
+
+    They go as an argument of the actor: what is in a runtime_env stands on the dashboard.
+    """
+    return {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)}
+
+
+class TrackerActor:
+    """The TrackerService of one run in a process of its own. Methods run on several threads."""
+
+    def __init__(self, spec: str, environment: dict[str, str]) -> None:
+        for name, value in environment.items():
+            os.environ.setdefault(name, value)
+        os.nice(_NICENESS)
+        parsed = TrackerSpec.from_json(spec)
+        configure(parsed.log_level, json=parsed.log_json)
+        from ray_tracking.tracking.service import TrackerService
+
+        self._service = TrackerService(parsed)
+
+    def append(self, rank: int, attempt: int, batch: bytes) -> int:
+        return self._service.append(rank, attempt, batch)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._service, method)(*arguments)
+
+
+def start_actor(spec: TrackerSpec) -> Any:
+    """Start the actor on this node if it can be, and wait until it serves. Raises what the service raises."""
+    here = ray.get_runtime_context().get_node_id()
+    actor = (
+        ray.remote(TrackerActor)
+        .options(
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            max_concurrency=32,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
+        )
+        .remote(spec.to_json(), forwarded_environment())
+    )
+    ActorTransport(actor).call("last_step")
+    return actor
+
+
+class ActorTransport:
+    """Transport to the actor; Ray itself repeats calls that an actor's restart interrupted."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def append(self, rank: int, attempt: int, batch: bytes) -> int:
+        try:
+            return int(ray.get(self._actor.append.remote(rank, attempt, batch)))
+        except RayError as error:
+            raise TransportError(_reason(error)) from error
+
+    def call(self, method: str, *arguments: Any, timeout: float | None = None) -> Any:
+        try:
+            return ray.get(self._actor.call.remote(method, *arguments), timeout=timeout)
+        except GetTimeoutError as error:
+            raise TransportError(f"the tracker did not answer within {timeout} s") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, RayTrackingError):
+                raise error.cause from None
+            raise TransportError(_reason(error)) from error
+        except RayError as error:
+            raise TransportError(_reason(error)) from error
+
+    def close(self) -> None:
+        """Nothing to let go of: the actor ends with its driver."""
+
+
+def _reason(error: RayError) -> str:
+    cause = getattr(error, "cause", None)
+    return str(cause if isinstance(cause, RayTrackingError) else error).strip().splitlines()[-1]

@@ -1,0 +1,237 @@
+"""The `run` that a training function gets: its place among the ranks, its loops, its logging, its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from ray_tracking.config import Config
+from ray_tracking.errors import UsageError
+from ray_tracking.log import get_logger
+from ray_tracking.runtime.collective import broadcast
+from ray_tracking.runtime.loader import ResumableLoader
+from ray_tracking.runtime.saving import Saver
+from ray_tracking.tracking.base import ExperimentTracker
+
+log = get_logger()
+
+
+class Position:
+    """The step that training is at; shared with the log calls, which read it."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    @property
+    def here(self) -> int:
+        return self.step
+
+
+class Run:
+    """One rank of a run. Steps count from 1: the body of the first batch runs with `step == 1`.
+
+    On ranks other than 0 the log calls do nothing. `epochs`, `steps`, `restore`, `checkpoint` and `should_stop`
+    must be called by all ranks alike.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        rank: int,
+        world_size: int,
+        local_rank: int,
+        device: torch.device,
+        attempt: int,
+        position: Position,
+        tracker: ExperimentTracker,
+        saver: Saver,
+        latest: Callable[[], dict[str, float]],
+    ) -> None:
+        self.config = config
+        self.params: dict[str, Any] = dict(config.params)
+        self.rank = rank
+        self.world_size = world_size
+        self.local_rank = local_rank
+        self.device = device
+        self.attempt = attempt
+        self.epoch = 0
+        self.total_epochs: int | None = None
+        self.stop_requested = False
+        self._position = position
+        self.tracker = tracker
+        self.log_metrics = tracker.log_metrics
+        self.log_params = tracker.log_params
+        self.log_histogram = tracker.log_histogram
+        self.log_text = tracker.log_text
+        self.log_image = tracker.log_image
+        self.log_artifact = tracker.log_artifact
+        self.checkpoints = saver
+        self._latest = latest
+        self._loaders: list[ResumableLoader] = []
+        self._first_epoch = 0
+        self._in_epochs = False
+        self._due = False
+        self._warned = False
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps begun: 0 before the first."""
+        return self._position.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._position.step = step
+
+    # --- what is trained ------------------------------------------------------------------------------------
+
+    def prepare(self, model: torch.nn.Module, **options: Any) -> torch.nn.Module:
+        """The model on this rank's device, wrapped in DistributedDataParallel if there are several ranks.
+
+        `options` go to DistributedDataParallel. All ranks start from rank 0's weights.
+        """
+        model = model.to(self.device)
+        if self.world_size == 1 or not any(p.requires_grad for p in model.parameters()):
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, **options)
+
+    def loader(
+        self, dataset: Any, batch_size: int, *, shuffle: bool = True, drop_last: bool = False, **options: Any
+    ) -> ResumableLoader:
+        """A loader of a map-style dataset, sharded by rank and resumable inside an epoch.
+
+        `batch_size` is per rank; `options` go to torch's DataLoader (num_workers, collate_fn, pin_memory, ...).
+        """
+        loader = ResumableLoader(
+            dataset,
+            batch_size,
+            shuffle=shuffle,
+            seed=self.config.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+            drop_last=drop_last,
+            **options,
+        )
+        self._loaders.append(loader)
+        return loader
+
+    def restore(self, **objects: Any) -> bool:
+        """Load the newest valid checkpoint into the objects, in place; they are what checkpoints hold from now on.
+
+        Give everything that training changes: model=, optimizer=, scheduler=, loader=, or anything with state_dict() and
+        load_state_dict(). Returns whether there was a checkpoint. Raises CheckpointError if one does not fit.
+        """
+        loaded = self.checkpoints.restore(objects)
+        if loaded is None:
+            return False
+        self.step, self._first_epoch = loaded.step, loaded.epoch
+        log.info("restored", step=loaded.step, epoch=loaded.epoch, path=loaded.path)
+        return True
+
+    # --- loops ----------------------------------------------------------------------------------------------
+
+    def epochs(self, total: int) -> Iterator[int]:
+        """The epochs from the interrupted one (or 0) to `total` - 1. What is due is saved at each epoch's end."""
+        self.total_epochs = total
+        for epoch in range(self._first_epoch, total):
+            self.epoch = epoch
+            for loader in self._loaders:
+                loader.begin_epoch(epoch)
+            self._in_epochs = True
+            yield epoch
+            self._in_epochs = False
+            # From here the position is the next epoch's beginning: that is what a checkpoint must say.
+            for loader in self._loaders:
+                loader.begin_epoch(epoch + 1)
+            if self._due or self.checkpoints.is_due(self.step, self._monitored, epoch_end=True):
+                self._save(epoch + 1)
+            self._due = False
+            self._first_epoch = epoch + 1
+
+    def steps(self, loader: Any) -> Iterator[Any]:
+        """The batches left in the epoch, on the device; advances `step`, and saves as the strategy says."""
+        for batch in loader:
+            self.step += 1
+            yield _to_device(batch, self.device)
+            if self.checkpoints.is_due(self.step, self._monitored):
+                if self._in_epochs and getattr(loader, "finished", False):
+                    self._due = True  # saved at the epoch's end, when its validation is known
+                else:
+                    self._save(self.epoch)
+
+    def checkpoint(self, force: bool = False, metrics: Mapping[str, Any] | None = None) -> bool:
+        """Save now if the strategy asks for it, or in any case with `force`. Call it after the optimizer's step.
+
+        `metrics` stand in the checkpoint beside the last logged ones. Returns whether a save was started.
+        """
+        if not self.checkpoints.has_objects:
+            raise UsageError(
+                "There is nothing to save yet.",
+                hint="Call run.restore(model=model, optimizer=optimizer, loader=loader) before the first step.",
+            )
+        given = {str(key): float(value) for key, value in (metrics or {}).items()}
+        monitor = self.checkpoints.strategy.monitor
+        value = given.get(monitor)
+        due = force or self.checkpoints.is_due(
+            self.step, self._monitored if value is None else lambda: value
+        )
+        if due:
+            self._save(self.epoch, given)
+        return due
+
+    def should_stop(self) -> bool:
+        """Whether training has been asked to end early; the same answer on every rank."""
+        return bool(broadcast(self.stop_requested))
+
+    def no_sync(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        """For gradient accumulation: no gradient exchange inside (DistributedDataParallel.no_sync)."""
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    # --- inside ---------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """After the training function: the state at its end is a checkpoint too, unless only the best are wanted."""
+        if self.checkpoints.has_objects and self.step > 0 and not self.checkpoints.strategy.save_best_only:
+            self._save(self._first_epoch)
+        elif not self.checkpoints.has_objects and self.step > 0:
+            log.warning(
+                "no checkpoint was saved: the training function never called run.restore(model=..., optimizer=...)"
+            )
+
+    def position(self) -> dict[str, Any]:
+        """Where training is, for the progress line."""
+        first = self._loaders[0] if self._loaders else None
+        per_epoch = len(first) if first is not None else None
+        total = per_epoch * self.total_epochs if per_epoch and self.total_epochs else None
+        return {
+            "step": self.step,
+            "total_steps": total,
+            "epoch": self.epoch,
+            "total_epochs": self.total_epochs,
+        }
+
+    def _monitored(self) -> float | None:
+        """The newest value of the monitor logged since the last checkpoint's step, on rank 0."""
+        return self._latest().get(self.checkpoints.strategy.monitor)
+
+    def _save(self, epoch: int, metrics: Mapping[str, float] | None = None) -> None:
+        self.checkpoints.save(self.step, epoch, {**self._latest(), **(metrics or {})})
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on the device, its structure (list, tuple, mapping) kept."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_to_device(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(_to_device(value, device) for value in batch)
+    return batch
+

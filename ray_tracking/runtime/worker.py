@@ -1,0 +1,136 @@
+"""What runs on every worker: sets up the `run`, calls the training function, and ends in order."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+
+from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy
+from ray_tracking.config import Config
+from ray_tracking.errors import JournalError
+from ray_tracking.log import configure
+from ray_tracking.runs.store import RunStore
+from ray_tracking.runtime.actor import ActorTransport
+from ray_tracking.runtime.collective import broadcast
+from ray_tracking.runtime.context import Position, Run
+from ray_tracking.runtime.saving import Saver
+from ray_tracking.storage import Storage
+from ray_tracking.tracking.base import ExperimentTracker, NoopTracker
+from ray_tracking.tracking.logger import RunLogger
+from ray_tracking.tracking.sender import Sender
+from ray_tracking.tracking.transport import TransportError
+
+_PROGRESS_SECONDS = 0.5
+_FLUSH_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerTask:
+    """What the driver sends to every worker."""
+
+    run_id: str
+    storage: str
+    config: Config
+    train: Callable[[Run], Any]
+    actor: Any
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class RunTracker(NoopTracker):
+    """The tracker inside a training function: the run is begun and ended by the trainer, not by the function."""
+
+    def __init__(self, logger: RunLogger, sender: Sender, run_id: str) -> None:
+        self.run_id = run_id
+        self.log_metrics = logger.log_metrics  # type: ignore[method-assign]
+        self.log_params = logger.log_params  # type: ignore[method-assign]
+        self.log_histogram = logger.log_histogram  # type: ignore[method-assign]
+        self.log_text = logger.log_text  # type: ignore[method-assign]
+        self.log_image = logger.log_image  # type: ignore[method-assign]
+        self.log_artifact = logger.log_artifact  # type: ignore[method-assign]
+        self._sender = sender
+
+    def flush(self, timeout: float = 30.0) -> bool:
+        return self._sender.flush(timeout)
+
+
+def work(loop_config: Mapping[str, Any]) -> None:
+    """The train function given to Ray Train: `loop_config` is {"task": WorkerTask}."""
+    task: WorkerTask = loop_config["task"]
+    for name, value in task.environment.items():
+        os.environ.setdefault(name, value)
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    transport = ActorTransport(task.actor)
+    attempt = broadcast(transport.call("begin_attempt", world_size) if rank == 0 else None)
+    configure(
+        task.config.logging.level, json=bool(task.config.logging["json"]), run=task.run_id, attempt=attempt, rank=rank
+    )
+    _seed(task.config.seed, rank)
+    directory = RunStore(Storage.open(task.storage)).directory(task.run_id)
+    sender = Sender(transport, rank=rank, attempt=attempt) if rank == 0 else None
+    saver = Saver(
+        CheckpointStore(directory, os.path.basename(context.get_storage().experiment_fs_path)),
+        CheckpointStrategy.from_config(task.config.training.default),
+        rank=rank,
+        world_size=world_size,
+        attempt=attempt,
+        before_commit=lambda: _all_journaled(sender),
+    )
+    position = Position()
+    tracker: ExperimentTracker = NoopTracker()
+    if sender is not None:
+        logger = RunLogger(sender, position, directory.child("artifacts"))
+        logger.begin_attempt(saver.newest_step)
+        tracker = RunTracker(logger, sender, task.run_id)
+    run = Run(
+        task.config,
+        rank=rank,
+        world_size=world_size,
+        local_rank=context.get_local_rank(),
+        device=ray.train.torch.get_device(),
+        attempt=attempt,
+        position=position,
+        tracker=tracker,
+        saver=saver,
+        latest=sender.latest if sender is not None else dict,
+    )
+    run.log_params(run.params)
+    over = threading.Event()
+    if rank == 0:
+        threading.Thread(target=_tell_progress, args=(run, transport, over), daemon=True).start()
+    try:
+        task.train(run)
+        run.finish()
+    finally:
+        over.set()
+        if sender is not None:
+            sender.close()
+
+
+def _tell_progress(run: Run, transport: ActorTransport, over: threading.Event) -> None:
+    while not over.wait(_PROGRESS_SECONDS):
+        try:
+            run.stop_requested = bool(transport.call("report_progress", run.position(), timeout=5.0))
+        except TransportError:
+            continue  # the tracker restarts; the sender says so
+
+
+def _all_journaled(sender: Sender | None) -> None:
+    if sender is not None and not sender.flush(_FLUSH_SECONDS):
+        raise JournalError(f"the tracker did not journal the records before it within {_FLUSH_SECONDS:.0f} s")
+
+
+def _seed(seed: int, rank: int) -> None:
+    """Every rank draws its own random numbers, the same in every run of this seed and world size."""
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)

@@ -1,0 +1,250 @@
+"""Weights & Biases: one row per step, online or into offline run files."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from ray_tracking.errors import BackendError, BackendRefusedError
+from ray_tracking.log import get_logger
+from ray_tracking.records import Artifact, Histogram, Kind, Record
+from ray_tracking.tracking.backends.base import Backend, BackendIdentity, RunInfo
+from ray_tracking.tracking.backends.media import artifact_file, param_of, png_shape, storable, text_of
+from ray_tracking.tracking.backends.names import fitting
+from ray_tracking.tracking.backends.wandb_rows import COMPANION, OFFSET, Rows, held_offset
+
+log = get_logger()
+
+_LOGIN_HINT = (
+    "Run `wandb login`, or set experiment_tracking.wandb.mode: offline and upload later with `wandb sync`."
+)
+_RUN_ID_REFUSED = re.compile(r"[^A-Za-z0-9_.-]")
+_KEY_REFUSED = re.compile(rf"^_|{re.escape(COMPANION)}$|[\ud800-\udfff]")
+_TEXT_LIMIT = 65_536
+_TAG_LIMIT = 64
+_KEY_LIMIT = 1000
+_NO_IMAGE = "[not a PNG image]"
+
+
+class WandbBackend(Backend):
+    """One W&B run with our run id. Files go to `<local_dir>/wandb/`, nothing about code, git or the machine is collected.
+
+    A text is a plain string in the row. A row reaches an offline file within a second, an open row with the next step.
+    """
+
+    name: ClassVar[str] = "wandb"
+    kinds: ClassVar[frozenset[Kind]] = frozenset(set(Kind) - {Kind.ATTEMPT})
+
+    def __init__(
+        self,
+        project: str | None = None,
+        entity: str | None = None,
+        tags: Sequence[str] | None = None,
+        mode: str = "offline",
+    ) -> None:
+        self._project = project or "ray-tracking"
+        self._entity = entity
+        self._tags = list(tags or ())
+        self._mode = mode
+        self._run: Any = None
+        self._rows = Rows()
+        self._held = -1
+        self._position: int | None = None
+        self._companions: set[str] = set()
+        self._renamed: dict[str, str] = {}
+        self._run_tags: dict[str, str] = {}
+        self._artifacts = ""
+
+    def open(self, run: RunInfo, identity: BackendIdentity | None) -> BackendIdentity:
+        import wandb
+
+        run_id = fitting(run.run_id, replace=_RUN_ID_REFUSED, limit=64)
+        folder = os.path.join(os.path.abspath(run.local_dir), "wandb")
+        os.makedirs(folder, exist_ok=True)
+        if self._mode == "online":
+            _check_login(wandb)
+        self._abandon()
+        self._position = held_offset(folder, run_id) if self._mode == "offline" else None
+        self._artifacts, self._run_tags, self._companions = run.artifacts, dict(run.tags), set()
+        with _answers():
+            self._run = wandb.init(
+                id=run_id,
+                name=run.name,
+                project=self._project,
+                entity=self._entity,
+                tags=self._shown_tags(),
+                config=dict(run.config),
+                mode=self._mode,  # type: ignore[arg-type]  # the config allows these only
+                dir=os.path.dirname(folder),
+                resume="allow",
+                reinit="create_new",
+                settings=_settings(wandb),
+            )
+        if self._mode == "online" and self._run.resumed:
+            self._position = _as_offset(self._run.summary.get(OFFSET))
+        self._held = -1 if self._position is None else self._position
+        self._rows = Rows(self._run.step - 1)
+        return BackendIdentity(run_id, folder)
+
+    def position(self) -> int | None:
+        return self._position
+
+    def write(self, records: Sequence[Record]) -> None:
+        rows: dict[int, dict[str, Any]] = {}
+        params: dict[str, Any] = {}
+        tags: dict[str, str] = {}
+        plan = self._rows.copy()
+        with _answers():
+            for record in records:
+                if record.kind is Kind.PARAM:
+                    params[record.key] = param_of(record)
+                elif record.kind is Kind.TAG:
+                    tags[record.key] = text_of(record)
+                elif record.kind is Kind.ARTIFACT:
+                    self._save_artifact(record)
+                elif record.offset < 0 or record.offset > self._held:
+                    self._add(rows, plan, record)
+            if params:
+                self._run.config.update(params, allow_val_change=True)
+            if tags:
+                self._run_tags |= tags
+                self._run.tags = self._shown_tags()
+                self._run.config.update({"tags": self._run_tags}, allow_val_change=True)
+            for position, row in rows.items():
+                self._run.log(row, step=position)
+                self._rows = self._rows.reached(position, row)
+                self._held = max(self._held, row.get(OFFSET, -1))
+
+    def _add(self, rows: dict[int, dict[str, Any]], plan: Rows, record: Record) -> None:
+        key = shown_key(record.key)
+        if key != record.key and key not in self._renamed:
+            self._renamed[key] = storable(record.key, _TEXT_LIMIT)
+            self._run.config.update({"shown_names": self._renamed}, allow_val_change=True)
+        position, companion = plan.place(key, record.step)
+        row = rows.setdefault(position, {"_timestamp": record.time})
+        row[key] = record.value if record.kind is Kind.SCALAR else _media(record)
+        if companion:
+            if companion not in self._companions:
+                # Not made the key's step_metric: W&B would then draw only the points that have a companion.
+                self._run.define_metric(companion.replace(".", "\\."), hidden=True)
+                self._companions.add(companion)
+            row[companion] = record.step
+        if record.offset >= 0:
+            row[OFFSET] = record.offset
+
+    def _shown_tags(self) -> tuple[str, ...]:
+        """W&B's tags are bare words of at most 64 characters; the whole values stand in the run's config."""
+        pairs = (f"{key}:{value}" if value else key for key, value in self._run_tags.items())
+        return tuple(dict.fromkeys(storable(tag, _TAG_LIMIT) for tag in (*self._tags, *pairs) if tag))
+
+    def _save_artifact(self, record: Record) -> None:
+        path = Artifact.decode(record.data or b"").path
+        with artifact_file(self._artifacts, record) as source:
+            if source is None:
+                log.warning(
+                    "artifact is no longer on storage", backend=self.name, artifact=record.key, path=path
+                )
+                return
+            target = os.path.join(self._run.dir, "artifacts", *path.split("/"))
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            shutil.copyfile(source, target)
+        self._run.save(target, base_path=self._run.dir, policy="now")
+
+    def _abandon(self) -> None:
+        """Let go of a run that an earlier `open` of this object left: W&B refuses an id that is in use."""
+        if self._run is not None:
+            with _answers():
+                self._run.finish(exit_code=1)
+            self._run = None
+
+    def close(self, status: str) -> None:
+        if self._run is None:
+            return
+        with _answers():
+            self._run.finish(exit_code=0 if status == "completed" else 1)
+        self._run = None
+
+
+def _settings(wandb: Any) -> Any:
+    return wandb.Settings(
+        silent=True,
+        console="off",
+        symlink=False,
+        save_code=False,
+        disable_code=True,
+        disable_git=True,
+        disable_job_creation=True,
+        init_timeout=30,
+        x_disable_stats=True,
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        x_save_requirements=False,
+        x_transaction_log_flush_interval=1.0,
+    )
+
+
+def _check_login(wandb: Any) -> None:
+    """Refuse at once where `wandb.init` would ask on the terminal. It only looks at key, netrc and settings."""
+    from wandb.sdk.lib import wbauth
+
+    try:
+        found = wbauth.authenticate_session(
+            host=wandb.Settings().base_url, source="ray_tracking", prompt=False, update_session=False
+        )
+    except wandb.errors.Error as error:
+        raise BackendRefusedError(f"W&B refuses the login: {error}", hint=_LOGIN_HINT) from error
+    if found is None:
+        raise BackendRefusedError("W&B: there is no login on this machine.", hint=_LOGIN_HINT)
+
+
+@contextmanager
+def _answers() -> Iterator[None]:
+    """W&B's errors as ours."""
+    import wandb
+
+    try:
+        yield
+    except wandb.errors.CommError as error:
+        if isinstance(error, wandb.errors.AuthenticationError) or re.search(
+            r"\b(401|403)\b|permission|unauthori", str(error), re.I
+        ):
+            raise BackendRefusedError(f"W&B refuses: {error}", hint=_LOGIN_HINT) from error
+        raise BackendError(f"W&B does not answer: {error}") from error
+    except wandb.errors.UsageError as error:
+        raise BackendRefusedError(f"W&B refuses: {error}", hint=_LOGIN_HINT) from error
+
+
+def _media(record: Record) -> Any:
+    import numpy
+    import wandb
+
+    if record.kind is Kind.TEXT:
+        return storable(text_of(record), _TEXT_LIMIT)
+    if record.kind is Kind.HISTOGRAM:
+        histogram = Histogram.decode(record.data or b"")
+        counts, edges = numpy.asarray(histogram.counts), numpy.asarray(histogram.edges)
+        return wandb.Histogram(np_histogram=(counts, edges))
+    if not any(png_shape(record.data or b"")):
+        return _NO_IMAGE
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(record.data or b"")) as image:
+            image.load()
+            return wandb.Image(image)
+    except (OSError, SyntaxError, ValueError):  # what pillow raises for a torn or broken PNG
+        return _NO_IMAGE
+
+
+def shown_key(key: str) -> str:
+    """The key in W&B: what it keeps for itself, or can't store, gets a digest."""
+    return fitting(key, replace=_KEY_REFUSED, limit=_KEY_LIMIT)
+
+
+def _as_offset(value: Any) -> int | None:
+    return int(value) if isinstance(value, int | float) else None

@@ -1,0 +1,55 @@
+"""Which backends a config asks for, and which of these can't be had here.
+
+In: the section `experiment_tracking`. Out: backends, not opened yet, that import their client when they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from ray_tracking.tracking.backends.base import Backend
+from ray_tracking.tracking.backends.mlflow import MLflowBackend
+from ray_tracking.tracking.backends.tensorboard import TensorBoardBackend
+from ray_tracking.tracking.backends.wandb import WandbBackend
+
+_BACKENDS: dict[str, Callable[..., Backend]] = {
+    "tensorboard": TensorBoardBackend,
+    "wandb": WandbBackend,
+    "mlflow": MLflowBackend,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class UnavailableBackend:
+    """An enabled backend whose package is not installed; `hint` is the command that installs it."""
+
+    name: str
+    reason: str
+    hint: str
+
+
+def create_backends(config: Any) -> list[Backend | UnavailableBackend]:
+    """The enabled backends of a validated `experiment_tracking` section (a model, or a mapping of the same shape)."""
+    made: list[Backend | UnavailableBackend] = []
+    for name, make in _BACKENDS.items():
+        options = _options(config, name)
+        if not options.pop("enabled", False):
+            continue
+        if find_spec(name) is None:
+            reason = f"The package {name} is not installed."
+            made.append(UnavailableBackend(name, reason, f'pip install "ray-tracking[{name}]"'))
+        else:
+            made.append(make(**options))
+    return made
+
+
+def _options(config: Any, name: str) -> dict[str, Any]:
+    section = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+    if section is None:
+        return {}
+    if isinstance(section, Mapping):
+        return dict(section)
+    return {field: getattr(section, field) for field in type(section).model_fields}
