@@ -81,9 +81,7 @@ class CheckpointCorruptError(RefusedError):
 class BackendError(RayTrackingError):
     """A backend failed for now: delivery is retried. `retry_after` is the wait it asked for, in seconds."""
 
-    def __init__(
-        self, message: str, *, hint: str | None = None, retry_after: float | None = None
-    ) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(message, hint=hint)
         self.retry_after = retry_after
 

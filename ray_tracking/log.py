@@ -53,6 +53,11 @@ def bind(**bound: Any) -> None:
     _Settings.bound = {**_Settings.bound, **bound}
 
 
+def is_debug() -> bool:
+    """Whether this process shows everything."""
+    return _Settings.level <= LEVELS["debug"]
+
+
 def get_logger() -> Any:
     """A structlog logger: `log.info("event in words", key=value)`."""
     return structlog.wrap_logger(

@@ -186,26 +186,34 @@ class Storage:
 
     def list(self, name: str = "") -> list[Entry]:
         """What lies directly in a folder, by name; empty if there is none. Unfinished writes are left out."""
-        from pyarrow import fs
-
         path = self.path(name)
         try:
-            infos = self.filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+            entries = _list_local(path) if self.is_local else self._list_remote(path)
         except OSError as error:
             raise self._failure("list", path, error) from error
-        entries = (
-            Entry(
-                info.base_name,
-                info.size or 0,
-                info.type == fs.FileType.Directory,
-                info.mtime.timestamp() if info.mtime else 0.0,
-            )
-            for info in infos
-        )
         return sorted(entry for entry in entries if not entry.name.startswith(_TEMPORARY))
+
+    def _list_remote(self, path: str) -> Iterator[Entry]:
+        from pyarrow import fs
+
+        for info in self.filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True)):
+            modified = info.mtime.timestamp() if info.mtime else 0.0
+            yield Entry(info.base_name, info.size or 0, info.type == fs.FileType.Directory, modified)
 
     def walk(self, name: str = "") -> Iterator[tuple[str, int]]:
         """(name, size in bytes) of every file below a folder, by name; unfinished writes are left out."""
+        yield from sorted(self._walk_local(name) if self.is_local else self._walk_remote(name))
+
+    def _walk_local(self, name: str) -> Iterator[tuple[str, int]]:
+        for entry in self.list(name):
+            below = f"{name}/{entry.name}" if name else entry.name
+            if entry.is_dir:
+                yield from self._walk_local(below)
+            else:
+                yield below, entry.size
+
+    def _walk_remote(self, name: str) -> Iterator[tuple[str, int]]:
+        """One listing, whatever the number of folders."""
         from pyarrow import fs
 
         path = self.path(name)
@@ -214,11 +222,9 @@ class Storage:
         except OSError as error:
             raise self._failure("list", path, error) from error
         skip = len(self.root.rstrip("/")) + 1
-        yield from sorted(
-            (info.path[skip:], info.size or 0)
-            for info in infos
-            if info.type == fs.FileType.File and not info.base_name.startswith(_TEMPORARY)
-        )
+        for info in infos:
+            if info.type == fs.FileType.File:
+                yield info.path[skip:], info.size or 0
 
     def exists(self, name: str = "") -> bool:
         from pyarrow import fs
@@ -274,6 +280,16 @@ def without_credentials(uri: str) -> str:
 def _reopen(uri: str) -> Storage:
     """Unpickled in another process: S3 was checked where it was opened, and may be away for a moment here."""
     return Storage._open_s3(uri, check=False) if uri.startswith("s3://") else Storage.open(uri)
+
+
+def _list_local(path: str) -> Iterator[Entry]:
+    """Not by pyarrow: its listing fails when a folder comes or goes meanwhile."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(path) as found:
+        for item in found:
+            with contextlib.suppress(FileNotFoundError):
+                status = item.stat()
+                is_dir = item.is_dir()
+                yield Entry(item.name, 0 if is_dir else status.st_size, is_dir, status.st_mtime)
 
 
 def _write_local(path: str, blocks: Iterable[bytes | memoryview]) -> None:

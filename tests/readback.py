@@ -104,5 +104,6 @@ def comparable(points: list[Point], *, single: bool = False) -> list[tuple[str, 
 
     with numpy.errstate(over="ignore"):
         return sorted(
-            (key, step, repr(float(numpy.float32(value)) + 0.0 if single else value + 0.0)) for key, step, value in points
+            (key, step, repr(float(numpy.float32(value)) + 0.0 if single else value + 0.0))
+            for key, step, value in points
         )

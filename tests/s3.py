@@ -1,7 +1,7 @@
-"""A real S3 server for tests, on loopback: Ceph's RADOS Gateway where it is installed, else moto's, else a skip.
+"""A real S3 server for tests, on loopback: Ceph's RADOS Gateway if it is installed, else moto's, else a skip.
 
-In: nothing. Out: the fixtures `s3_server` (one per session) and `s3_uri` (a fresh folder, with the credentials in
-the environment). Import both into a conftest or test module that needs them; the server starts once all the same.
+In: nothing. Out: the fixtures `s3_server` (one per session) and `s3_uri` (a fresh folder, the credentials in the
+environment). Import both into the conftest or test module that needs them; the server starts once all the same.
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ def _say(text: str) -> str:
 
 def _start_moto() -> S3Server:
     port = _free_port()
-    _spawn([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], Path(tempfile.gettempdir()))
+    _spawn(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], Path(tempfile.gettempdir())
+    )
     _await_answer(port, 60)
     return S3Server("moto", f"127.0.0.1:{port}")
 
@@ -141,7 +143,10 @@ def _start_radosgw() -> S3Server:
         _run([command[0], "-c", str(config), *command[1:]], folder)
 
     monmap = str(folder / "monmap")
-    _run(["monmaptool", "--create", "--clobber", "--fsid", fsid, "--addv", "a", f"[v2:{monitor}]", monmap], folder)
+    _run(
+        ["monmaptool", "--create", "--clobber", "--fsid", fsid, "--addv", "a", f"[v2:{monitor}]", monmap],
+        folder,
+    )
     run("ceph-mon", "--mkfs", "-i", "a", "--monmap", monmap)
     _spawn(["ceph-mon", "-c", str(config), "-i", "a", "-f"], folder)
     run("ceph", "osd", "new", osd)

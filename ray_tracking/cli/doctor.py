@@ -26,7 +26,10 @@ def doctor(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check versions, backends, logins, storage, Ray and file permissions; each finding with its fix."""
+    """Check versions, backends, logins, storage, Ray, permissions.
+
+    Each finding comes with its fix. Exit status 1 if there is a problem.
+    """
     from ray_tracking.cli import output
     from ray_tracking.monitoring.doctor import examine
 

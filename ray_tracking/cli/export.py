@@ -22,7 +22,10 @@ def export(
     env: Environment = None,
     debug: Debug = False,
 ) -> None:
-    """Write a run's metrics to a file: key, step, value, time, rank, attempt."""
+    """Write a run's metrics to a Parquet, CSV or JSON lines file.
+
+    Its columns are key, step, value, time, rank, attempt: the history as it counts, without what a resume replaced.
+    """
     from ray_tracking.monitoring.export import check_output, export_run
     from ray_tracking.monitoring.select import select_run
 

@@ -33,7 +33,9 @@ def remember(samples: Iterable[Sample], new: Sample, window: float = WINDOW_SECO
     The newest sample at or before the window's beginning stays, so that the rate spans the whole window.
     A step below the last one means a new attempt: what was before says nothing any more.
     """
-    kept = [sample for sample in samples if sample[1] <= new[1]]
+    kept = list(samples)
+    if kept and kept[-1][1] > new[1]:
+        kept = []
     begin = new[0] - window
     outside = [sample for sample in kept if sample[0] <= begin]
     return [*outside[-1:], *(sample for sample in kept if sample[0] > begin), new]

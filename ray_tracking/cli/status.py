@@ -13,7 +13,7 @@ def status(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show how a run stands now: state, step, last sign of life, backends."""
+    """Show how a run stands now: step, sign of life, backends."""
     import time
 
     from ray_tracking.cli import output

@@ -51,7 +51,7 @@ def demo(
     address: Address = None,
     debug: Debug = False,
 ) -> None:
-    """Train a small network on handwritten digits, tracked everywhere: the first thing to try.
+    """Train a small network on handwritten digits: try this first.
 
     The demo brings its own settings; a file given with -c takes their place.
     """

@@ -35,7 +35,7 @@ def ui(
         bool, typer.Option("--debug", help="Show what the servers print, and tracebacks.")
     ] = False,
 ) -> None:
-    """Start TensorBoard and MLflow on the storage and print their addresses; Ctrl-C ends both."""
+    """Start TensorBoard and MLflow on the storage; Ctrl-C ends both."""
     from ray_tracking.cli import servers
     from ray_tracking.errors import UsageError
 

@@ -109,11 +109,7 @@ def _environment(name: str | None, own: Path | None) -> Layer:
     beside = own.parent / f"{name}.yaml" if own is not None and _ENVIRONMENT_NAME.match(name) else None
     if beside is not None and name != "base" and beside.is_file():
         return _read(beside, str(beside))
-    where = (
-        f", or a file {beside} (there is none)"
-        if beside
-        else ", or a file <name>.yaml beside the one of --config"
-    )
+    where = f", or a file {beside} (there is none)" if beside else ", or a file <name>.yaml beside the one of --config"
     raise ConfigError(
         f"Unknown environment {name!r}.{_did_you_mean(name)}",
         hint=f"Allowed: {', '.join(ENVIRONMENTS)}{where}. Set it with --env or {ENVIRONMENT_VARIABLE}.",

@@ -73,21 +73,20 @@ def section(kind: type[S], value: Mapping[str, Any] | None, *, key: str | None =
     if value is None:
         return validate(kind, [], prefix)
     if isinstance(value, Section) or not isinstance(value, Mapping):
-        raise _config_error(
-            [f"{_dotted(prefix)}: found {_shown('', value)}, allowed: {schema.describe(kind)}."]
-        )
+        raise _config_error([f"{_dotted(prefix)}: found {_shown('', value)}, allowed: {schema.describe(kind)}."])
     return validate(kind, [Layer("", plain(value))], prefix)
 
 
 def _config_error(problems: Sequence[str]) -> ConfigError:
     count = "" if len(problems) == 1 else f" ({len(problems)} problems)"
-    return ConfigError(
-        "\n".join([f"The configuration is not valid{count}:", *(f"  {one}" for one in problems)])
-    )
+    return ConfigError("\n".join([f"The configuration is not valid{count}:", *(f"  {one}" for one in problems)]))
 
 
 def _sentence(kind: type[Section], layers: Sequence[Layer], prefix: Path, error: ErrorDetails) -> str:
     path = tuple(str(part) for part in error["loc"] if part != "[key]")
+    is_key = error["type"] == "invalid_key" or error["loc"][-1:] == ("[key]",)
+    if is_key:  # the location has true as 1
+        path = (*path[:-1], str(error["input"]))
     where = _origin(layers, path)
     name = _dotted((*prefix, *path))
     if _is_unknown(kind, path, error):
@@ -95,14 +94,12 @@ def _sentence(kind: type[Section], layers: Sequence[Layer], prefix: Path, error:
     allowed = schema.describe(*schema.at(kind, path))
     if error["type"] == "missing":
         return f"{where}{name} is missing, allowed: {allowed}."
-    if error["type"] == "invalid_key" or error["loc"][-1:] == ("[key]",):
-        return f"{where}the key {name} is not text, allowed: text. Quote it."
+    if is_key:
+        return f"{where}the key {name} is not text, allowed: text. Quote it{_SWITCHES.get(path[-1], '')}."
     if error["type"] == "value_error" and issubclass(_kind_at(kind, path), Section):
         allowed = str(error.get("ctx", {}).get("error", error["msg"]))
     found = _shown(path[-1] if path else "", error["input"])
-    quote = (
-        " Quote it to make it text." if error["type"] == "string_type" and _quotable(error["input"]) else ""
-    )
+    quote = " Quote it to make it text." if error["type"] == "string_type" and _quotable(error["input"]) else ""
     return f"{where}{name}: found {found}, allowed: {allowed}.{quote}"
 
 
@@ -163,6 +160,7 @@ def _dotted(path: Path) -> str:
     return ".".join(path) or "the configuration"
 
 
+_SWITCHES = {"True": "; YAML reads on and yes as true", "False": "; YAML reads off and no as false"}
 _KINDS = (
     (bool, ""),
     (int, " (a whole number)"),

@@ -29,20 +29,20 @@ _SHAPES = re.compile(
       -----BEGIN[ A-Z]*PRIVATE[ ]KEY-----.*?(?:-----END[ A-Z]*PRIVATE[ ]KEY-----|\Z)
     | (?<![A-Za-z0-9])(?:
           gh[pousr]_[A-Za-z0-9]{20,} | github_pat_[A-Za-z0-9_]{20,} | glpat-[A-Za-z0-9_-]{16,}
-        | sk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{16,} | [sr]k_(?:live|test)_[A-Za-z0-9]{16,}
+        | sk-(?=[A-Za-z_-]{0,60}[0-9])[A-Za-z0-9_-]{16,} | [sr]k_(?:live|test)_[A-Za-z0-9]{16,}
         | A(?:KIA|SIA)[0-9A-Z]{16} | AIza[A-Za-z0-9_-]{35}
         | xox[a-z]-[A-Za-z0-9-]{10,} | xapp-[A-Za-z0-9-]{10,}
         | hf_[A-Za-z0-9]{20,} | npm_[A-Za-z0-9]{30,} | pypi-[A-Za-z0-9_-]{30,}
         | wandb_v[0-9]_[A-Za-z0-9_]{20,}
-        | eyJ[A-Za-z0-9_-]{5,}\.[A-Za-z0-9_-]{5,}(?:\.[A-Za-z0-9_-]*)?
+        | eyJ[A-Za-z0-9_-]{5,1000}+\.[A-Za-z0-9_-]{5,}(?:\.[A-Za-z0-9_-]*)?
       )
     """,
     re.VERBOSE | re.DOTALL,
 )
 _USER_PART = re.compile(
     r"""([A-Za-z][A-Za-z0-9+.-]{0,30}+://)
-        (?: [^\s/?\#"'<>@]* (?:@[^\s/?\#"'<>@]*)*   # RFC 3986, and with an @ in the password
-          | [^\s/:@"'<>]*:(?![0-9]+[/?\#])[^\s@"'<>]*   # with a slash in the password; not host:port/
+        (?: [^\s/?\#"'<>@]{0,400}+ (?:@[^\s/?\#"'<>@]{0,400}+){0,20}   # RFC 3986; @ in the password
+          | [^\s/:@"'<>]{0,400}+:(?![0-9]+[/?\#])[^\s@"'<>]{0,400}+   # / in the password; not host:port/
         )(?=@)""",
     re.VERBOSE,
 )
@@ -63,9 +63,7 @@ _VALUE = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _SCHEMES = frozenset(("bearer", "basic", "token", "digest"))
-_HARMLESS = re.compile(
-    r"^[\"'\\]*(?:[-+]?[0-9]{1,7}(?:\.[0-9]*)?|true|false|none|null|)[\"'\\,;)\]}]*$", re.IGNORECASE
-)
+_HARMLESS = re.compile(r"^[\"'\\]*(?:[-+]?[0-9]{1,7}(?:\.[0-9]*)?|true|false|none|null|)[\"'\\,;)\]}]*$", re.IGNORECASE)
 
 
 def redact(value: Any) -> Any:

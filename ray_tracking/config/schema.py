@@ -107,20 +107,18 @@ def all_keys(kind: type[Section], prefix: Path = ()) -> Iterator[Path]:
 
 
 def nearest(kind: type[Section], path: Sequence[object]) -> Path | None:
-    """The key that was probably meant: a neighbour spelt alike, else a namesake elsewhere."""
+    """The key that was probably meant: a namesake elsewhere, a neighbour spelt alike, or any key spelt alike."""
     *parents, last = [str(part) for part in path]
-    word = last.rpartition(".")[2]
+    plain = last.lower().replace("-", "_")
     siblings = keys_of(kind, parents)
-    for candidate in (word, word.lower().replace("-", "_")):
-        if close := get_close_matches(candidate, siblings, n=1, cutoff=0.6):
-            return (*parents, close[0])
     everywhere = list(all_keys(kind))
-    for known in everywhere:
-        if known[-1] == word:
-            return known
-    if close := get_close_matches(word, [known[-1] for known in everywhere], n=1, cutoff=0.75):
-        return next(known for known in everywhere if known[-1] == close[0])
-    return None
+    names = [known[-1] for known in everywhere]
+    if plain in names and plain not in siblings:
+        return everywhere[names.index(plain)]
+    if close := get_close_matches(plain, siblings, n=1, cutoff=0.6):
+        return (*parents, close[0])
+    close = get_close_matches(plain, names, n=1, cutoff=0.75)
+    return everywhere[names.index(close[0])] if close else None
 
 
 def path_of(kind: type[Section]) -> Path:

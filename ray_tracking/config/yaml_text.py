@@ -20,9 +20,7 @@ MAX_NODES = 10_000
 MAX_DEPTH = 40
 
 _PREFIX = "tag:yaml.org,2002:"
-_PLAIN_TAGS = frozenset(
-    _PREFIX + name for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")
-)
+_PLAIN_TAGS = frozenset(_PREFIX + name for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,11 +98,9 @@ def train(run: Run) -> None:
             logits = model(x)
             loss = nn.functional.cross_entropy(logits, y)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            run.log_metrics(
-                {"train/loss": loss, "train/accuracy": (logits.argmax(1) == y).float().mean()}
-            )
+            run.log_metrics({"train/loss": loss, "train/accuracy": (logits.argmax(1) == y).float().mean()})
         val_loss, val_accuracy, predicted = evaluate(model, test_set)
         run.log_metrics({"val/loss": val_loss, "val/accuracy": val_accuracy, "epoch": epoch + 1})
         run.log_histogram("gradients/last_layer", next(reversed(list(model.parameters()))).grad)

@@ -63,7 +63,7 @@ def load(storage: Storage, segment: Segment, columns: Sequence[str] | None = Non
         )
     if table.num_rows != segment.rows:
         raise _damaged(where, f"it holds {table.num_rows} rows, its name says {segment.rows}")
-    return table
+    return table if columns is None else table.select(list(columns))
 
 
 def newest_attempt(storage: Storage, segment: Segment) -> int:

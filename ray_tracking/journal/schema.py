@@ -62,8 +62,12 @@ def table_of(records: Sequence[Record]) -> pa.Table:
 def _array(field: Any, values: Sequence[Any]) -> Any:
     try:
         if field.type == _NAMES:
-            return pa.array(values, pa.string()).dictionary_encode()
-        return pa.array(values, field.type)
+            array = pa.array(values, pa.string()).dictionary_encode()
+        else:
+            array = pa.array(values, field.type)
+        if array.null_count and not field.nullable:
+            raise ValueError("it is None")
+        return array
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise JournalError(
             f"A record can't be journaled: its {field.name} is not a {field.type}: {error}",

@@ -16,7 +16,6 @@ ROOT = "journal"
 HISTORY = "history.parquet"
 FAN_OUT = 16
 _ROW = 64  # bytes of one scalar row in memory
-_TIERS = (128 << 10, 2 << 20, 32 << 20)  # weights: about 2 thousand, 32 thousand and half a million scalars
 TARGET = 64 << 20
 """The most a merge or a history file gathers, in bytes in memory: what bounds the tracker's memory."""
 
@@ -56,7 +55,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A listing sorted out: `live` (by offset, no overlap), `covered` by a live one, `clashing` (neither)."""
+    """A listing sorted out: `live` (by offset, no overlap), `covered` by one of them, or `clashing`."""
 
     live: tuple[Segment, ...]
     covered: tuple[Segment, ...]
@@ -109,28 +108,26 @@ def gaps(live: Sequence[Segment], start: int) -> list[tuple[int, int]]:
     return missing
 
 
-def tier(segment: Segment) -> int:
-    return sum(segment.weight > bound for bound in _TIERS)
-
-
 def plan_merge(live: Sequence[Segment], barriers: frozenset[str] = frozenset()) -> tuple[Segment, ...]:
-    """The neighbours to merge next, or (): `FAN_OUT` of the lowest tier that has as many side by side.
+    """The neighbours to merge next, or (): the lightest `FAN_OUT` side by side of which none outweighs the others.
 
-    So each row is rewritten about once per tier, and at most `FAN_OUT` segments lie between two full ones.
+    So a row's segment at least doubles each time it is rewritten, and few segments lie between two full ones.
     Neighbours share an attempt's folder and have no gap between them. `barriers` are names not to touch.
     """
-    for level in range(len(_TIERS)):
-        run: list[Segment] = []
-        for segment in live:
-            if segment.attempt is None or tier(segment) > level or segment.name in barriers:
-                run = []
-                continue
-            if run and (run[-1].attempt != segment.attempt or run[-1].last + 1 != segment.first):
-                run = []
-            run.append(segment)
-            if len(run) == FAN_OUT:
-                return _within_target(run)
-    return ()
+    best: tuple[int, tuple[Segment, ...]] | None = None
+    run: list[Segment] = []
+    for segment in live:
+        if segment.attempt is None or segment.weight > TARGET // 2 or segment.name in barriers:
+            run = []
+            continue
+        if run and (run[-1].attempt != segment.attempt or run[-1].last + 1 != segment.first):
+            run = []
+        run.append(segment)
+        weights = [one.weight for one in run[-FAN_OUT:]]
+        total = sum(weights)
+        if len(weights) == FAN_OUT and 2 * max(weights) <= total and (best is None or total < best[0]):
+            best = total, tuple(run[-FAN_OUT:])
+    return _within_target(best[1]) if best else ()
 
 
 def plan_history(

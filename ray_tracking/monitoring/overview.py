@@ -164,6 +164,8 @@ def backends(record: RunRecord, cursors: Iterable[Cursor], next_offset: int) -> 
 def enabled_backends(config: Mapping[str, Any]) -> list[str]:
     """The names that `experiment_tracking` switches on."""
     section = config.get("experiment_tracking") or {}
+    if not section.get("enabled", True):
+        return []
     return [
         name for name, options in section.items() if isinstance(options, Mapping) and options.get("enabled")
     ]

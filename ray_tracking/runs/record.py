@@ -90,9 +90,7 @@ class RunRecord:
         closed = self._close_open_attempt(now, "interrupted")
         number = closed.attempts[-1].number + 1 if closed.attempts else 1
         attempt = Attempt(number, now, world_size)
-        return replace(
-            closed, attempts=(*closed.attempts, attempt), status=Status.RUNNING, ended=None
-        )
+        return replace(closed, attempts=(*closed.attempts, attempt), status=Status.RUNNING, ended=None)
 
     def resumed(self, number: int, step: int) -> RunRecord:
         """The record with what attempt `number` resumed from."""
@@ -101,6 +99,10 @@ class RunRecord:
             for attempt in self.attempts
         )
         return replace(self, attempts=attempts)
+
+    def end_attempt(self, now: float, reason: str) -> RunRecord:
+        """The record with the open attempt ended; the run goes on, or not."""
+        return self._close_open_attempt(now, reason)
 
     def finish(self, now: float, status: Status, reason: str) -> RunRecord:
         return replace(self._close_open_attempt(now, reason), status=status, ended=now)

@@ -65,9 +65,7 @@ class Summary:
             metric.count += 1
             if math.isfinite(record.value):
                 metric.least = record.value if metric.least is None else min(metric.least, record.value)
-                metric.greatest = (
-                    record.value if metric.greatest is None else max(metric.greatest, record.value)
-                )
+                metric.greatest = record.value if metric.greatest is None else max(metric.greatest, record.value)
 
     def best(self, monitor: str | None, mode: str) -> dict[str, dict[str, float | None]]:
         """`{key: {last, best}}`, best by `better_mode`."""
@@ -80,9 +78,7 @@ class Summary:
         }
 
     def save(self, run: Storage) -> None:
-        metrics = {
-            key: [m.last, m.last_step, m.least, m.greatest, m.count] for key, m in self.metrics.items()
-        }
+        metrics = {key: [m.last, m.last_step, m.least, m.greatest, m.count] for key, m in self.metrics.items()}
         document: Mapping[str, Any] = {
             "offset": self.offset,
             "last_step": self.last_step,

@@ -10,6 +10,8 @@ import ray
 
 from ray_tracking.config import ScalingConfig
 from ray_tracking.errors import UsageError
+from ray_tracking.log import is_debug
+from ray_tracking.runtime.console import quieten
 from ray_tracking.storage import Storage
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -40,6 +42,8 @@ def connect(address: str | None, scaling: ScalingConfig) -> bool:
             f"No Ray cluster answers at {where!r}: {str(error).strip().splitlines()[0]}",
             hint="Start one (`ray start --head`), give another --address, or leave it out for a private local cluster.",
         ) from error
+    if not is_debug():
+        quieten()
     return True
 
 
@@ -50,7 +54,7 @@ def check(scaling: ScalingConfig, storage: Storage) -> None:
     if missing:
         raise UsageError(
             "The cluster can't hold the run: " + "; ".join(missing) + ".",
-            hint="Use fewer workers (--set scaling.workers=N), smaller scaling.resources_per_worker, or a larger cluster.",
+            hint="Use fewer workers (--set scaling.workers=N), smaller scaling.resources_per_worker or more nodes.",
         )
     nodes = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     if storage.is_local and len(nodes) > 1 and not os.path.ismount(_mount_of(storage.root)):

@@ -123,8 +123,8 @@ class Run:
     def restore(self, **objects: Any) -> bool:
         """Load the newest valid checkpoint into the objects, in place; they are what checkpoints hold from now on.
 
-        Give everything that training changes: model=, optimizer=, scheduler=, loader=, or anything with state_dict() and
-        load_state_dict(). Returns whether there was a checkpoint. Raises CheckpointError if one does not fit.
+        Give everything that training changes: model=, optimizer=, scheduler=, loader=, or anything with state_dict()
+        and load_state_dict(). Returns whether there was a checkpoint. Raises CheckpointError if one does not fit.
         """
         loaded = self.checkpoints.restore(objects)
         if loaded is None:
@@ -177,9 +177,7 @@ class Run:
         given = {str(key): float(value) for key, value in (metrics or {}).items()}
         monitor = self.checkpoints.strategy.monitor
         value = given.get(monitor)
-        due = force or self.checkpoints.is_due(
-            self.step, self._monitored if value is None else lambda: value
-        )
+        due = force or self.checkpoints.is_due(self.step, self._monitored if value is None else lambda: value)
         if due:
             self._save(self.epoch, given)
         return due
@@ -234,4 +232,3 @@ def _to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, list | tuple):
         return type(batch)(_to_device(value, device) for value in batch)
     return batch
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
@@ -23,10 +24,16 @@ _INTERNAL = re.compile(r'^  File ".*/(ray|ray_tracking)/[^"]*", line \d+.*\n(?: 
 def reason_of(error: TrainingFailedError) -> Reason:
     """The first failed rank's exception, secrets removed."""
     if isinstance(error, WorkerGroupError) and error.worker_failures:
-        rank, failure = min(error.worker_failures.items())
-        text = redact_text(str(failure)).strip()
-        lines = [line for line in text.splitlines() if line.strip()]
-        last = lines[-1].strip() if lines else type(failure).__name__
-        return Reason(f"rank {rank}: {last}", _INTERNAL.sub("", text + "\n").strip() if len(lines) > 1 else "")
+        return reason_of_ranks(error.worker_failures)
     text = redact_text(str(error)).strip()
     return Reason(text.splitlines()[-1].strip() if text else type(error).__name__, "")
+
+
+def reason_of_ranks(failures: Mapping[int, Exception]) -> Reason:
+    """The exception of the lowest failed rank."""
+    rank, failure = min(failures.items())
+    text = redact_text(str(failure)).strip()
+    lines = [line for line in text.splitlines() if line.strip()]
+    last = lines[-1].strip() if lines else type(failure).__name__
+    traceback = _INTERNAL.sub("", text + "\n").strip() if len(lines) > 1 else ""
+    return Reason(f"rank {rank}: {last}", traceback)

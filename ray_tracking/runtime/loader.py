@@ -133,9 +133,7 @@ class ResumableLoader:
         self.epoch, self.consumed, self._seed = state["epoch"], state["consumed"], state["seed"]
 
 
-def _check(
-    dataset: Any, batch_size: int, world_size: int, drop_last: bool, options: dict[str, Any]
-) -> None:
+def _check(dataset: Any, batch_size: int, world_size: int, drop_last: bool, options: dict[str, Any]) -> None:
     if isinstance(dataset, DataLoader):
         raise UsageError(
             "run.loader takes a dataset, not a DataLoader.",
@@ -148,9 +146,7 @@ def _check(
         )
     taken = {"sampler", "batch_sampler", "generator"} & options.keys()
     if taken:
-        raise UsageError(
-            f"run.loader does the sampling itself; {', '.join(sorted(taken))} can't be given."
-        )
+        raise UsageError(f"run.loader does the sampling itself; {', '.join(sorted(taken))} can't be given.")
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; it must be at least 1 (per worker).")
     needed = batch_size * world_size if drop_last else world_size

@@ -22,7 +22,7 @@ from ray_tracking.checkpoint import (
     restore,
 )
 from ray_tracking.checkpoint.manifest import CheckpointInfo, step_folder
-from ray_tracking.errors import RayTrackingError
+from ray_tracking.errors import CheckpointCorruptError, RayTrackingError
 from ray_tracking.log import get_logger
 from ray_tracking.runtime.collective import all_true, broadcast
 
@@ -63,9 +63,7 @@ class Saver:
         self._taken = {item.folder.rpartition("/")[2] for item in found}
         best = strategy.best([item.info for item in found if item.info is not None])
         self._best = None if best is None else best.metrics[strategy.monitor]
-        self._candidates: list[CheckpointInfo] = broadcast(
-            [item.info for item in found if item.info is not None]
-        )
+        self._candidates: list[CheckpointInfo] = broadcast([item.info for item in found if item.info is not None])
 
     @property
     def newest_step(self) -> int:
@@ -76,7 +74,10 @@ class Saver:
         return sorted(self._candidates, key=lambda info: info.order, reverse=True)
 
     def restore(self, objects: Mapping[str, Any]) -> TrainingCheckpoint | None:
-        """Load the newest checkpoint that verifies on every rank into `objects`; they are what is saved from now on."""
+        """Load the newest checkpoint that verifies on every rank into `objects`; they are what is saved from now on.
+
+        None if the run has no checkpoint yet. Raises CheckpointCorruptError if it has some and none can be used.
+        """
         self._objects = {name: value for name, value in objects.items() if value is not None}
         for info in self._ordered():
             try:
@@ -95,6 +96,12 @@ class Saver:
                     now=self._world_size,
                 )
             return loaded
+        if self._candidates:
+            raise CheckpointCorruptError(
+                f"None of the {len(self._candidates)} checkpoints of the run can be used; starting from the beginning "
+                "would throw away what was trained.",
+                hint="The log names what is wrong with each. Start a new run, or move the attempt folders away.",
+            )
         return None
 
     @property
@@ -184,4 +191,3 @@ class Saver:
             )
         storage = ray.train.get_context().get_storage()
         return Checkpoint(f"{storage.experiment_fs_path}/{folder}", storage.storage_filesystem)
-

@@ -52,9 +52,7 @@ def load_target(target: str) -> LoadedTarget:
     or the user's own error while importing, with the line of their file."""
     place, colon, function_name = target.rpartition(":")
     if not colon or not place or not function_name:
-        raise UsageError(
-            f"The target {target!r} does not say which function to run.", hint=_form_hint(target)
-        )
+        raise UsageError(f"The target {target!r} does not say which function to run.", hint=_form_hint(target))
     if not function_name.isidentifier():
         raise UsageError(f"{function_name!r} in the target {target!r} is no function's name.", hint=_FORMS)
     by_path = place.endswith(".py") or "/" in place or os.sep in place
@@ -97,9 +95,7 @@ def _existing_file(place: str, target: str) -> Path:
 def _module_source(place: str, target: str) -> Path | None:
     """The file of a module that can be imported from here; parents of a dotted name are imported to look."""
     if not all(part.isidentifier() for part in place.split(".")):
-        raise UsageError(
-            f"{place!r} in the target {target!r} is neither a module's name nor a file.", hint=_FORMS
-        )
+        raise UsageError(f"{place!r} in the target {target!r} is neither a module's name nor a file.", hint=_FORMS)
     _search_first(os.getcwd())
     importlib.invalidate_caches()
     try:
@@ -118,11 +114,7 @@ def _module_source(place: str, target: str) -> Path | None:
             hint="Check the spelling and the virtual environment, or name the file: "
             f"{as_file}:{target.rpartition(':')[2]}.",
         )
-    return (
-        Path(spec.origin).resolve()
-        if spec.has_location and spec.origin and spec.origin.endswith(".py")
-        else None
-    )
+    return Path(spec.origin).resolve() if spec.has_location and spec.origin and spec.origin.endswith(".py") else None
 
 
 def _check_source(code: bytes, source: Path, function_name: str) -> None:
@@ -149,9 +141,7 @@ def _bound_names(tree: ast.AST) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.append(node.name)
-        elif isinstance(node, ast.Name) and (
-            isinstance(node.ctx, ast.Store) or node.id in ("globals", "exec")
-        ):
+        elif isinstance(node, ast.Name) and (isinstance(node.ctx, ast.Store) or node.id in ("globals", "exec")):
             names.append("globals" if node.id == "exec" else node.id)
         elif isinstance(node, ast.alias):
             names.append(node.asname or node.name.partition(".")[0])
@@ -164,9 +154,7 @@ def _defined(code: bytes) -> list[str]:
         tree = ast.parse(code)
     except (SyntaxError, ValueError):
         return []
-    return [
-        node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
-    ]
+    return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
 
 
 def _import_file(source: Path) -> ModuleType:
@@ -214,9 +202,7 @@ def _import_failure(error: BaseException, source: Path | None, place: str) -> Us
         where = f"{error.filename}, line {error.lineno}: {(error.text or '').strip()}"
     hint = None
     if isinstance(error, ModuleNotFoundError):
-        hint = (
-            f"Install {error.name!r} in this environment ({sys.prefix}), or put its file beside the target's."
-        )
+        hint = f"Install {error.name!r} in this environment ({sys.prefix}), or put its file beside the target's."
     elif isinstance(error, SystemExit):
         hint = "The file ends the program when imported: put what it runs under `if __name__ == '__main__':`."
     said = str(error) or "no message"
@@ -225,11 +211,7 @@ def _import_failure(error: BaseException, source: Path | None, place: str) -> Us
 
 def _function(module: ModuleType, name: str, place: str) -> Callable[[Any], Any]:
     if not hasattr(module, name):
-        known = [
-            key
-            for key, value in vars(module).items()
-            if inspect.isfunction(value) and not key.startswith("_")
-        ]
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
         raise _no_function(name, place, known)
     function = getattr(module, name)
     if not callable(function):
@@ -237,11 +219,7 @@ def _function(module: ModuleType, name: str, place: str) -> Callable[[Any], Any]
             f"{name!r} in {place} is of type {type(function).__name__}, not a function.",
             hint=f"Define it as `def {name}(run): ...`.",
         )
-    if (
-        inspect.isclass(function)
-        or inspect.iscoroutinefunction(function)
-        or inspect.isgeneratorfunction(function)
-    ):
+    if inspect.isclass(function) or inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         what = (
             "a class"
             if inspect.isclass(function)
@@ -272,9 +250,7 @@ def _check_signature(function: Callable[..., Any], name: str, place: str) -> Non
 
 
 def _no_function(name: str, place: str, known: list[str]) -> UsageError:
-    return UsageError(
-        f"There is no function {name!r} in {place}.", hint=_nearest(name, known, "Functions there")
-    )
+    return UsageError(f"There is no function {name!r} in {place}.", hint=_nearest(name, known, "Functions there"))
 
 
 def _nearest(name: str, known: list[str], what: str) -> str:

@@ -9,18 +9,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy
 from ray_tracking.config import Config, get_config, redact
 from ray_tracking.errors import RayTrackingError, RefusedError, RunFailedError, UsageError
-from ray_tracking.log import get_logger
+from ray_tracking.log import get_logger, is_debug
 from ray_tracking.runs.record import Status
 from ray_tracking.runs.store import RunStore, check_run_id, new_run_id
 from ray_tracking.runtime import cluster
 from ray_tracking.runtime.actor import ActorTransport, forwarded_environment, start_actor
+from ray_tracking.runtime.callbacks import NoteFailures
 from ray_tracking.runtime.context import Run
 from ray_tracking.runtime.failures import reason_of
 from ray_tracking.runtime.result import Progress, RunResult
@@ -58,9 +59,7 @@ class TrainingManager:
         self.address = address
         self._observer = observer
 
-    def fit(
-        self, train: TrainFunction, *, entrypoint: str | None = None, code_digest: str | None = None
-    ) -> RunResult:
+    def fit(self, train: TrainFunction, *, entrypoint: str | None = None, code_digest: str | None = None) -> RunResult:
         """Train to the end. Blocks; call it from the main thread.
 
         Raises UsageError before anything starts if the function, the storage or the cluster can't do;
@@ -77,9 +76,7 @@ class TrainingManager:
             cluster.check(self.config.scaling, storage)
             spec = self._spec(storage, entrypoint or _entrypoint(train), code_digest)
             transport = ActorTransport(actor := start_actor(spec))
-            task = WorkerTask(
-                self.run_id, storage.uri, self.config, train, actor, forwarded_environment()
-            )
+            task = WorkerTask(self.run_id, storage.uri, self.config, train, actor, forwarded_environment())
             with _Watch(transport, self.run_id, self._observer, started):
                 status, reason, error = self._train(task, runs.directory(self.run_id), first)
             report = _close(transport, status, reason)
@@ -121,9 +118,7 @@ class TrainingManager:
             log_json=bool(self.config.logging["json"]),
         )
 
-    def _train(
-        self, task: WorkerTask, directory: Storage, first: int
-    ) -> tuple[Status, str, BaseException | None]:
+    def _train(self, task: WorkerTask, directory: Storage, first: int) -> tuple[Status, str, BaseException | None]:
         scaling = self.config.scaling
         trainer = TorchTrainer(
             work,
@@ -138,6 +133,9 @@ class TrainingManager:
                 storage_path=directory.root,
                 storage_filesystem=directory.filesystem,
                 failure_config=FailureConfig(max_failures=self.config.failure.max_failures),
+                callbacks=[NoteFailures(task.actor)],
+                # What goes wrong is said by us, with its cause; the whole of Ray's account is in its log files.
+                logging_config=LoggingConfig("INFO" if is_debug() else "CRITICAL"),
             ),
         )
         try:
@@ -145,7 +143,8 @@ class TrainingManager:
         except TrainingFailedError as error:
             reason = reason_of(error)
             failure = RunFailedError(
-                f"The run {self.run_id} failed: {reason.summary}" + (f"\n\n{reason.traceback}" if reason.traceback else ""),
+                f"The run {self.run_id} failed: {reason.summary}"
+                + (f"\n\n{reason.traceback}" if reason.traceback else ""),
                 hint=f"What it logged and its checkpoints are kept: `ray-tracking runs show {self.run_id}`.",
             )
             return Status.FAILED, reason.summary, failure
@@ -154,7 +153,7 @@ class TrainingManager:
         return Status.COMPLETED, "completed", None
 
     def _result(self, directory: Storage, status: Status, report: Mapping[str, Any]) -> RunResult:
-        infos = CheckpointStore(directory).list()
+        infos = CheckpointStore(directory).checkpoints()
         strategy = CheckpointStrategy.from_config(self.config.training.default)
         return RunResult(
             self.run_id,
@@ -172,9 +171,7 @@ class TrainingManager:
 class _Watch:
     """Asks the tracker how training stands and tells the observer, while in the `with` block."""
 
-    def __init__(
-        self, transport: ActorTransport, run_id: str, observer: Observer | None, started: float
-    ) -> None:
+    def __init__(self, transport: ActorTransport, run_id: str, observer: Observer | None, started: float) -> None:
         self._transport = transport
         self._run_id = run_id
         self._observer = observer
@@ -232,7 +229,8 @@ def _close(transport: ActorTransport, status: Status, reason: str) -> dict[str, 
 def _check_function(train: Any) -> None:
     if not callable(train):
         raise UsageError(
-            f"fit takes a training function, not {type(train).__name__}.", hint="Define `def train(run): ...`."
+            f"fit takes a training function, not {type(train).__name__}.",
+            hint="Define `def train(run): ...`.",
         )
     try:
         inspect.signature(train).bind(object())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import threading
@@ -13,11 +14,12 @@ import numpy as np
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.v2._internal.execution import context as report_context
 
 from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy
 from ray_tracking.config import Config
 from ray_tracking.errors import JournalError
-from ray_tracking.log import configure
+from ray_tracking.log import configure, is_debug
 from ray_tracking.runs.store import RunStore
 from ray_tracking.runtime.actor import ActorTransport
 from ray_tracking.runtime.collective import broadcast
@@ -72,8 +74,15 @@ def work(loop_config: Mapping[str, Any]) -> None:
     transport = ActorTransport(task.actor)
     attempt = broadcast(transport.call("begin_attempt", world_size) if rank == 0 else None)
     configure(
-        task.config.logging.level, json=bool(task.config.logging["json"]), run=task.run_id, attempt=attempt, rank=rank
+        task.config.logging.level,
+        json=bool(task.config.logging["json"]),
+        run=task.run_id,
+        attempt=attempt,
+        rank=rank,
     )
+    if not is_debug():
+        # It tells of every report on every rank, under a name that Ray's own log level does not reach.
+        report_context.logger.setLevel(logging.ERROR)
     _seed(task.config.seed, rank)
     directory = RunStore(Storage.open(task.storage)).directory(task.run_id)
     sender = Sender(transport, rank=rank, attempt=attempt) if rank == 0 else None

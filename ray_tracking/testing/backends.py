@@ -121,7 +121,20 @@ def check_backend(
 def _scalars() -> Iterable[Record]:
     """Steps 1 to 150 of ten keys, with odd values, late steps, repeated points and odd names, offsets from 0."""
     odd_values = [math.nan, math.inf, -math.inf, 0.1, -0.0, 1e-300, 123456789.0]
-    odd_keys = ["é/ü", "🎉 party", "new\nline", "nul\0", "x" * 300, "Loss", "", "a//b", "../up", "_step", "loss@step", "a.b"]
+    odd_keys = [
+        "é/ü",
+        "🎉 party",
+        "new\nline",
+        "nul\0",
+        "x" * 300,
+        "Loss",
+        "",
+        "a//b",
+        "../up",
+        "_step",
+        "loss@step",
+        "a.b",
+    ]
     offset = 0
     for step in range(1, 151):
         values = {f"key{i}": step * 10.0 + i for i in range(10)} | {"loss": 1.0 / step}
@@ -131,7 +144,12 @@ def _scalars() -> Iterable[Record]:
             values |= {key: float(i) for i, key in enumerate(odd_keys)}
         rows = [(key, step, value) for key, value in values.items()]
         if step % 40 == 0:
-            rows += [("loss", step, 5.0), ("loss", step, 5.0), ("late", step - 30, float(step)), ("key0", step - 3, 1.5)]
+            rows += [
+                ("loss", step, 5.0),
+                ("loss", step, 5.0),
+                ("late", step - 30, float(step)),
+                ("key0", step - 3, 1.5),
+            ]
         for key, at, value in rows:
             yield Record(Kind.SCALAR, key, at, 1_700_000_000.0 + step, value, seq=step, offset=offset)
             offset += 1

@@ -29,8 +29,9 @@ _STATUSES = ("completed", "failed", "aborted")
 class _Steps:
     """Counts log_metrics calls that name no step: reading `step` goes on to the next one."""
 
-    def __init__(self, last: int) -> None:
+    def __init__(self, last: int, sender: Sender) -> None:
         self._last = last
+        self._sender = sender
 
     @property
     def step(self) -> int:
@@ -39,7 +40,7 @@ class _Steps:
 
     @property
     def here(self) -> int:
-        return max(self._last, 0)
+        return self._sender.last_step()
 
 
 class CompositeTracker(ExperimentTracker):
@@ -91,7 +92,7 @@ class CompositeTracker(ExperimentTracker):
         transport = ChildTransport(spec)
         resumed_from = self._resumed_from(transport)
         sender = Sender(transport, rank=0, attempt=transport.call("begin_attempt", 1))
-        logger = RunLogger(sender, _Steps(resumed_from), storage.child(run_id, "artifacts"))
+        logger = RunLogger(sender, _Steps(resumed_from, sender), storage.child(run_id, "artifacts"))
         logger.begin_attempt(resumed_from)
         logger.log_params(_flat(spec.config))
         logger.log_tags(spec.tags)

@@ -50,7 +50,15 @@ class _Replay:
 class Delivery:
     """One backend of one run. `start`, then `finish` once no more rows come."""
 
-    def __init__(self, backend: Backend, run: RunInfo, directory: Storage, tail: Tail, resumed_step: Callable[[int], int], deadline: float) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        run: RunInfo,
+        directory: Storage,
+        tail: Tail,
+        resumed_step: Callable[[int], int],
+        deadline: float,
+    ) -> None:
         self.cursor = Cursor.load(directory, backend.name)
         self._backend = backend
         self._run = run
@@ -72,9 +80,7 @@ class Delivery:
         unsupported = sorted(kind.value for kind in set(Kind) - self._backend.kinds - {Kind.ATTEMPT})
         if unsupported:
             log.info("backend shows only some kinds", backend=self._backend.name, not_shown=unsupported)
-        self.cursor = replace(
-            self.cursor, state=BackendState.STARTING, error=None, unsupported=unsupported
-        )
+        self.cursor = replace(self.cursor, state=BackendState.STARTING, error=None, unsupported=unsupported)
         self.cursor.save(self._directory)
         self._thread.start()
 
@@ -103,7 +109,9 @@ class Delivery:
         called = self._called
         if called is not None and time.monotonic() - called > self._deadline:
             return replace(
-                self.cursor, state=BackendState.HANGING, error=f"no answer for {time.monotonic() - called:.0f} s"
+                self.cursor,
+                state=BackendState.HANGING,
+                error=f"no answer for {time.monotonic() - called:.0f} s",
             )
         return self.cursor
 
@@ -150,9 +158,7 @@ class Delivery:
         return len(rows) == _READ_ROWS or (self._finishing.is_set() and bool(rows))
 
     def _open(self) -> None:
-        known = (
-            BackendIdentity(self.cursor.run_id, self.cursor.location or "") if self.cursor.run_id else None
-        )
+        known = BackendIdentity(self.cursor.run_id, self.cursor.location or "") if self.cursor.run_id else None
         identity = self._backend.open(self._run, known)
         self.cursor.run_id, self.cursor.location = identity.run_id, identity.location
         self.cursor.save(self._directory)
@@ -167,9 +173,7 @@ class Delivery:
             self._replay = _Replay(rows[0].attempt, self._shown_before(rows[0].attempt))
         for i in range(0, len(rows), self._backend.max_records):
             part = rows[i : i + self._backend.max_records]
-            wanted = [
-                row for row in part if row.kind in self._backend.kinds and not self._replay.is_repeat(row)
-            ]
+            wanted = [row for row in part if row.kind in self._backend.kinds and not self._replay.is_repeat(row)]
             if wanted:
                 self._backend.write(wanted)
             self.cursor.offset = part[-1].offset + 1
@@ -181,9 +185,7 @@ class Delivery:
         offset, step = 0, self._resumed_step(attempt)
         while attempt > 1 and (rows := self._tail.read(offset, _READ_ROWS * 10)):
             shown.update(
-                (row.kind, row.key, row.step, row.rank)
-                for row in rows
-                if row.attempt < attempt and row.step >= step
+                (row.kind, row.key, row.step, row.rank) for row in rows if row.attempt < attempt and row.step >= step
             )
             offset = rows[-1].offset + 1
             if rows[-1].attempt >= attempt:

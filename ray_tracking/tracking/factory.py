@@ -1,6 +1,7 @@
-"""Which backends a config asks for, and which of these can't be had here.
+"""What a config asks for: a tracker for those who log, backends for the tracker process.
 
-In: the section `experiment_tracking`. Out: backends, not opened yet, that import their client when they are.
+In: the section `experiment_tracking`. Out: an ExperimentTracker; backends, not opened yet, that import their
+client when they are; and which of them can't be had here.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from ray_tracking.config import ExperimentTrackingConfig
 from ray_tracking.tracking.backends.base import Backend
 from ray_tracking.tracking.backends.mlflow import MLflowBackend
 from ray_tracking.tracking.backends.tensorboard import TensorBoardBackend
 from ray_tracking.tracking.backends.wandb import WandbBackend
+from ray_tracking.tracking.base import ExperimentTracker
 
 _BACKENDS: dict[str, Callable[..., Backend]] = {
     "tensorboard": TensorBoardBackend,
@@ -29,6 +32,19 @@ class UnavailableBackend:
     name: str
     reason: str
     hint: str
+
+
+def create_tracker(
+    config: ExperimentTrackingConfig | Mapping[str, Any] | None = None, *, storage: str | None = None
+) -> ExperimentTracker:
+    """A tracker for a plain script, from `config["experiment_tracking"]` or the like.
+
+    `storage` is where runs lie (default: RAY_TRACKING_STORAGE, else ./runs). Raises ConfigError for a section that is
+    not valid. Inside a training function use `run.tracker`.
+    """
+    from ray_tracking.tracking.composite import CompositeTracker
+
+    return CompositeTracker(config, storage=storage)
 
 
 def create_backends(config: Any) -> list[Backend | UnavailableBackend]:

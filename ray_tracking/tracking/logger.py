@@ -12,7 +12,7 @@ import xxhash
 from ray_tracking.errors import MetricError
 from ray_tracking.records import Artifact, Kind, encode_params
 from ray_tracking.storage import Storage
-from ray_tracking.tracking import values
+from ray_tracking.tracking import values as payloads
 from ray_tracking.tracking.sender import Clock, Sender
 
 
@@ -38,16 +38,16 @@ class RunLogger:
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         if tags:
-            self._sender.put(Kind.TAG, 0, {str(key): values.text(value) for key, value in tags.items()})
+            self._sender.put(Kind.TAG, 0, {str(key): payloads.text(value) for key, value in tags.items()})
 
-    def log_histogram(self, key: str, data: Any, step: int | None = None) -> None:
-        self._put(Kind.HISTOGRAM, key, values.histogram(key, data), step)
+    def log_histogram(self, key: str, values: Any, step: int | None = None) -> None:
+        self._put(Kind.HISTOGRAM, key, payloads.histogram(key, values), step)
 
     def log_text(self, key: str, text: str, step: int | None = None) -> None:
-        self._put(Kind.TEXT, key, values.text(text), step)
+        self._put(Kind.TEXT, key, payloads.text(text), step)
 
     def log_image(self, key: str, image: Any, step: int | None = None) -> None:
-        self._put(Kind.IMAGE, key, values.image(key, image), step)
+        self._put(Kind.IMAGE, key, payloads.image(key, image), step)
 
     def log_artifact(self, path: str | os.PathLike[str], name: str | None = None) -> None:
         """Copy the file, or every file below the folder, to the run's artifacts, then log each."""

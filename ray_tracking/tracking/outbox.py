@@ -61,7 +61,7 @@ class Outbox:
 
     def _spill(self, batch: Batch) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="ray-tracking-spill-")
+            self._file = tempfile.TemporaryFile(prefix="ray-tracking-spill-")  # noqa: SIM115 - open until it is empty
         self._file.seek(0, 2)
         self._spilled.append((batch.first, batch.last, self._file.tell(), len(batch.data)))
         self._file.write(batch.data)

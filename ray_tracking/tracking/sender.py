@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from ray_tracking.errors import MetricError
@@ -65,6 +65,7 @@ class Sender:
         self._acknowledged = 0
         self._failure: str | None = None
         self._latest: dict[str, Any] = {}
+        self._last_step = 0
         self._closing = False
         self._pump_lock = threading.Lock()
         self._wake = threading.Event()
@@ -115,6 +116,12 @@ class Sender:
         with self._pump_lock:
             return values.scalars(self._latest)
 
+    def last_step(self) -> int:
+        """The step of the last metrics logged, 0 before any."""
+        self._take()
+        with self._pump_lock:
+            return int(self._last_step)
+
     def close(self, timeout: float = 30.0) -> int:
         """Flush, then end the threads. Returns how many events were not acknowledged in time."""
         self.flush(timeout)
@@ -146,9 +153,10 @@ class Sender:
             while count:
                 batch = [self._events.popleft() for _ in range(min(count, _BATCH_EVENTS))]
                 count -= len(batch)
-                for kind, _, _, payload in batch:
+                for kind, step, _, payload in batch:
                     if kind == "scalar":
                         self._latest.update(payload)
+                        self._last_step = step
                 first = self._packed + 1
                 data, packed = self._pack(batch, first)
                 if packed:

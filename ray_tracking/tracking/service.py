@@ -91,7 +91,16 @@ class TrackerService:
             number = self._record.attempts[-1].number
         self._writer.begin_attempt(number)
         bind(attempt=number)
+        if number > 1:
+            log.info("a new attempt begins", workers=world_size)
         return number
+
+    def end_attempt(self, reason: str) -> None:
+        """The workers have failed, for this reason; whether they are started again is not known yet."""
+        log.warning("the workers failed", reason=reason)
+        with self._recording:
+            self._record = self._record.end_attempt(time.time(), reason)
+            self._runs.save(self._record)
 
     # --- records --------------------------------------------------------------------------------------------
 
@@ -101,9 +110,7 @@ class TrackerService:
         Batches that arrive while one is being committed go together into the next commit.
         """
         events = unpack(batch)
-        records = [
-            record for event in events for record in records_of(event, rank=rank, attempt=attempt)
-        ]
+        records = [record for event in events for record in records_of(event, rank=rank, attempt=attempt)]
         ticket = _Ticket(rank, attempt, records)
         with self._pending.lock:
             self._pending.tickets.append(ticket)
@@ -266,7 +273,7 @@ class TrackerService:
             self._directory.child("artifacts").uri,
         )
         deliveries, unavailable = [], []
-        for backend in create_backends(self._tracking):
+        for backend in create_backends(self._tracking) if self._tracking.enabled else []:
             if isinstance(backend, Backend):
                 delivery = Delivery(
                     backend,

@@ -29,7 +29,7 @@ class Transport(Protocol):
 
 
 def pack(events: list[tuple[Any, ...]]) -> bytes:
-    """A batch on the wire. `marshal`: the fastest encoding of plain values there is, and time here is taken from training."""
+    """A batch on the wire. `marshal` is the fastest encoding of plain values, and time here is training's."""
     return marshal.dumps(events)
 
 

@@ -14,9 +14,9 @@ class Killed(BaseException):
 
 
 class KillingStorage(Storage):
-    """Local storage that raises Killed at write or delete number `at` (from 1); `count` operations were begun.
+    """Local storage that raises Killed at write or delete number `at` (from 1); `count` were begun.
 
-    `when="during"` leaves what a file system without atomic rename would: half a file, half a folder.
+    `when="during"` leaves what a file system without atomic rename would: half a file or folder.
     """
 
     def __init__(self, root: Path, at: int = 0, when: str = "before") -> None:

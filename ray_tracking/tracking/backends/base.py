@@ -73,7 +73,7 @@ class Backend(ABC):
         """A new attempt resumed at `step`: points past it are no longer part of the run (only if `rewinds`)."""
         raise AssertionError(f"{self.name} does not rewind")
 
-    def flush(self) -> None:
+    def flush(self) -> None:  # noqa: B027 - most backends have nothing to do here
         """Make what was written visible to the backend's readers."""
 
     @abstractmethod

@@ -58,9 +58,7 @@ class EventFile:
         newest = max((_second(name) for name in event_files(folder)), default=0)
         second = max(int(time.time()), newest + 1)
         return cls(
-            os.path.join(
-                folder, f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}{suffix}"
-            )
+            os.path.join(folder, f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}{suffix}")
         )
 
     def summary(self, step: int, wall_time: float) -> Any:
@@ -73,7 +71,7 @@ class EventFile:
             self._put(self._event)
 
     def commit(self, offset: int) -> None:
-        """Append all events added since the last commit; `offset` (if not negative) is what the file is then filled up to."""
+        """Append what was added since the last commit; `offset`, if not negative, is what the file is filled up to."""
         if offset >= 0:
             self._put(Event(session_log=SessionLog(status=SessionLog.CHECKPOINT, msg=f"{_MARK}{offset}")))
         self._append()
@@ -100,17 +98,15 @@ class EventFile:
         self._records.write(event.SerializeToString())
 
     def _append(self) -> None:
-        data = self._buffer.getbuffer()
+        data = memoryview(self._buffer.getvalue())
+        written = 0
         try:
-            written = 0
             while written < len(data):
                 written += os.write(self._handle, data[written:])
         except OSError:
             # A full disk takes a part: without this, what is written next would stand behind a torn event.
             os.ftruncate(self._handle, self.size)
             raise
-        finally:
-            data.release()
         self.size += written
         self.drop()
 
@@ -191,7 +187,5 @@ def add_hparams(summary: Any, params: Mapping[str, Any], *, group: str, started:
             info.hparams[key].number_value = value
         else:
             info.hparams[key].string_value = str(value).encode("utf-8", "backslashreplace").decode()
-    metadata: SummaryMetadata = hparams_metadata.create_summary_metadata(
-        HParamsPluginData(session_start_info=info)
-    )
+    metadata: SummaryMetadata = hparams_metadata.create_summary_metadata(HParamsPluginData(session_start_info=info))
     summary.value.add(tag=hparams_metadata.SESSION_START_INFO_TAG, metadata=metadata, tensor=_NOTHING)

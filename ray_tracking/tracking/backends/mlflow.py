@@ -36,7 +36,9 @@ _DEFAULTS = {
 
 
 class MLflowBackend(Backend):
-    """One MLflow run. Without `tracking_uri` (or MLFLOW_TRACKING_URI): `mlflow.db` and `mlflow-artifacts/` in the local directory.
+    """One MLflow run.
+
+    Without `tracking_uri` (or MLFLOW_TRACKING_URI): `mlflow.db` and `mlflow-artifacts/` in the local directory.
 
     A record sent again changes nothing there: a metric's key includes its time, which is the record's.
     A param keeps its first value, as MLflow demands. Texts and images are artifacts `text/<key>/<step>.txt` and
@@ -157,10 +159,8 @@ class MLflowBackend(Backend):
             for record in files:
                 self._log_file(record)
 
-    def _metrics(
-        self, records: Sequence[Record], last: dict[str, tuple[int, int]], tags: dict[str, str]
-    ) -> list[Any]:
-        """The scalars; one that repeats key and step within a millisecond is put a millisecond later, lest it vanish."""
+    def _metrics(self, records: Sequence[Record], last: dict[str, tuple[int, int]], tags: dict[str, str]) -> list[Any]:
+        """The scalars. One that repeats key and step within a millisecond goes a millisecond later, lest it vanish."""
         from mlflow.entities import Metric
 
         metrics = []
@@ -192,9 +192,7 @@ class MLflowBackend(Backend):
         elif known != value:
             self.changed_params += 1
             if self.changed_params == 1:
-                log.warning(
-                    "MLflow can't change a param; the first value stays", param=record.key, stays=known
-                )
+                log.warning("MLflow can't change a param; the first value stays", param=record.key, stays=known)
 
     def _log(self, metrics: list[Any], params: dict[str, str], tags: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag
@@ -222,9 +220,7 @@ class MLflowBackend(Backend):
         with artifact_file(self._artifacts, record) as file:
             path = Artifact.decode(record.data or b"").path
             if file is None:
-                log.warning(
-                    "artifact is no longer on storage", backend=self.name, artifact=record.key, path=path
-                )
+                log.warning("artifact is no longer on storage", backend=self.name, artifact=record.key, path=path)
                 return
             self._client.log_artifact(self._run_id, str(file), os.path.dirname(path) or None)
 
@@ -232,6 +228,4 @@ class MLflowBackend(Backend):
         if not self._run_id:
             return
         with answers(self._client.tracking_uri):
-            self._client.set_terminated(
-                self._run_id, _STATUS.get(status, "KILLED"), end_time=int(time.time() * 1000)
-            )
+            self._client.set_terminated(self._run_id, _STATUS.get(status, "KILLED"), end_time=int(time.time() * 1000))

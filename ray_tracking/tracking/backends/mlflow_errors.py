@@ -11,7 +11,7 @@ from ray_tracking.errors import BackendError, BackendRefusedError
 _REFUSED = {"UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED"}
 _BUSY = {"REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", "RESOURCE_LIMIT_EXCEEDED"}
 _BUSY_SECONDS = 30.0  # the client does not pass on a server's Retry-After
-_CODE = re.compile(r"error code (\d{3})")
+_CODE = re.compile(r"(?:error code|too many) (\d{3})\b")
 _LOGIN = re.compile(r"(?<=://)[^/@\s]*@")
 
 
@@ -43,6 +43,6 @@ def _translated(uri: str, message: str, code: str) -> BackendError:
             text,
             hint="Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.",
         )
-    if code in _BUSY or (status and status.group(1) == "429") or "429" in code:
+    if code in _BUSY or (status and status.group(1) == "429"):
         return BackendError(text, retry_after=_BUSY_SECONDS)
     return BackendError(text, hint="Check experiment_tracking.mlflow.tracking_uri and that the server is up.")

@@ -30,11 +30,7 @@ def original_name(name: str, tags: Mapping[str, str]) -> str:
 def path_name(key: str) -> str:
     """`key` as a relative artifact path."""
     name = fitting(key, replace=_REFUSED_IN_PATH, limit=150)
-    return (
-        name
-        if _is_plain_path(name)
-        else with_digest(key.replace("/", "_"), replace=_REFUSED_IN_PATH, limit=150)
-    )
+    return name if _is_plain_path(name) else with_digest(key.replace("/", "_"), replace=_REFUSED_IN_PATH, limit=150)
 
 
 def _is_plain_path(name: str) -> bool:

@@ -17,7 +17,7 @@ def with_digest(name: str, *, replace: re.Pattern[str], limit: int) -> str:
 
 
 def fitting(name: str, *, replace: re.Pattern[str], limit: int) -> str:
-    """`name` itself where the backend takes it, else its stand-in. Deterministic, so it is the same in every process."""
+    """`name` itself where the backend takes it, else its stand-in: the same in every process."""
     if name and len(name) <= limit and not replace.search(name):
         return name
     return with_digest(name, replace=replace, limit=limit)

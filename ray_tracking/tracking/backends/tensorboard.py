@@ -18,18 +18,17 @@ from ray_tracking.tracking.backends.names import fitting
 if TYPE_CHECKING:
     from ray_tracking.tracking.backends.eventfile import EventFile
 
-_REFUSED = re.compile(
-    r"[\ud800-\udfff]"
-)  # protobuf strings are UTF-8; anything else TensorBoard takes as a tag
+_REFUSED = re.compile(r"[\ud800-\udfff]")  # protobuf strings are UTF-8; anything else TensorBoard takes as a tag
 _TIMELESS = -1  # the step of params and tags: no rewind purges it
 _ROLL_BYTES = 16 << 20  # a remote file is uploaded whole, so it is kept small
 
 
 class TensorBoardBackend(Backend):
-    """Writes event files to `<log_dir>/<run id>` (default: below the run's local directory), without tensorflow or torch.
+    """Writes event files to `<log_dir>/<run id>`, by default below the run's local directory; needs no tensorflow or torch.
 
-    Scalars are 32-bit floats there, as TensorBoard's own writers make them. `update_freq` is how many steps are gathered
-    before they are written, `flush_secs` how often what was written is forced to disk (or uploaded, if `log_dir` is a URI).
+    Scalars are 32-bit floats there, as TensorBoard's own writers make them. `update_freq` is how many steps are
+    gathered before they are written, `flush_secs` how often what was written is forced to disk (or uploaded, if
+    `log_dir` is a URI).
     """
 
     name: ClassVar[str] = "tensorboard"

@@ -6,8 +6,9 @@ import io
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
 from ray_tracking.errors import BackendError, BackendRefusedError
@@ -20,9 +21,7 @@ from ray_tracking.tracking.backends.wandb_rows import COMPANION, OFFSET, Rows, h
 
 log = get_logger()
 
-_LOGIN_HINT = (
-    "Run `wandb login`, or set experiment_tracking.wandb.mode: offline and upload later with `wandb sync`."
-)
+_LOGIN_HINT = "Run `wandb login`, or set experiment_tracking.wandb.mode: offline and upload later with `wandb sync`."
 _RUN_ID_REFUSED = re.compile(r"[^A-Za-z0-9_.-]")
 _KEY_REFUSED = re.compile(rf"^_|{re.escape(COMPANION)}$|[\ud800-\udfff]")
 _TEXT_LIMIT = 65_536
@@ -32,7 +31,7 @@ _NO_IMAGE = "[not a PNG image]"
 
 
 class WandbBackend(Backend):
-    """One W&B run with our run id. Files go to `<local_dir>/wandb/`, nothing about code, git or the machine is collected.
+    """One W&B run with our run id. Files go to `<local_dir>/wandb/`; nothing about code, git or machine is collected.
 
     A text is a plain string in the row. A row reaches an offline file within a second, an open row with the next step.
     """
@@ -61,6 +60,9 @@ class WandbBackend(Backend):
         self._artifacts = ""
 
     def open(self, run: RunInfo, identity: BackendIdentity | None) -> BackendIdentity:
+        if "wandb" not in sys.modules:
+            # Left by a parent process that uses W&B: its service would keep our run's id after we were killed.
+            os.environ.pop("WANDB_SERVICE", None)
         import wandb
 
         run_id = fitting(run.run_id, replace=_RUN_ID_REFUSED, limit=64)
@@ -68,7 +70,9 @@ class WandbBackend(Backend):
         os.makedirs(folder, exist_ok=True)
         if self._mode == "online":
             _check_login(wandb)
-        self._abandon()
+        if self._run is not None:  # still up: only the call failed that made delivery open it again
+            self._position = self._held
+            return BackendIdentity(run_id, folder)
         self._position = held_offset(folder, run_id) if self._mode == "offline" else None
         self._artifacts, self._run_tags, self._companions = run.artifacts, dict(run.tags), set()
         with _answers():
@@ -99,7 +103,7 @@ class WandbBackend(Backend):
         params: dict[str, Any] = {}
         tags: dict[str, str] = {}
         plan = self._rows.copy()
-        with _answers():
+        with self._calls():
             for record in records:
                 if record.kind is Kind.PARAM:
                     params[record.key] = param_of(record)
@@ -146,26 +150,30 @@ class WandbBackend(Backend):
         path = Artifact.decode(record.data or b"").path
         with artifact_file(self._artifacts, record) as source:
             if source is None:
-                log.warning(
-                    "artifact is no longer on storage", backend=self.name, artifact=record.key, path=path
-                )
+                log.warning("artifact is no longer on storage", backend=self.name, artifact=record.key, path=path)
                 return
             target = os.path.join(self._run.dir, "artifacts", *path.split("/"))
             os.makedirs(os.path.dirname(target), exist_ok=True)
             shutil.copyfile(source, target)
         self._run.save(target, base_path=self._run.dir, policy="now")
 
-    def _abandon(self) -> None:
-        """Let go of a run that an earlier `open` of this object left: W&B refuses an id that is in use."""
-        if self._run is not None:
+    @contextmanager
+    def _calls(self) -> Iterator[None]:
+        """Calls to the open run. If W&B's service process has ended, the next `open` starts another one."""
+        if self._run is None:
+            raise BackendError("W&B: no run is open.")
+        try:
             with _answers():
-                self._run.finish(exit_code=1)
+                yield
+        except ConnectionError as error:
             self._run = None
+            _forget_service()
+            raise BackendError(f"W&B's service process has ended: {error}") from error
 
     def close(self, status: str) -> None:
         if self._run is None:
             return
-        with _answers():
+        with self._calls():
             self._run.finish(exit_code=0 if status == "completed" else 1)
         self._run = None
 
@@ -200,6 +208,14 @@ def _check_login(wandb: Any) -> None:
         raise BackendRefusedError(f"W&B refuses the login: {error}", hint=_LOGIN_HINT) from error
     if found is None:
         raise BackendRefusedError("W&B: there is no login on this machine.", hint=_LOGIN_HINT)
+
+
+def _forget_service() -> None:
+    """Let wandb start a new service process at the next `init`; it does not by itself when the old one was killed."""
+    import wandb
+
+    with suppress(ConnectionError):  # it also tries to tell the dead one
+        wandb.teardown()
 
 
 @contextmanager

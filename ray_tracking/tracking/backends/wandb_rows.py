@@ -60,9 +60,7 @@ class Rows:
 
 def held_offset(folder: str, run_id: str) -> int | None:
     """The journal offset up to which the run's files below `folder` hold rows; -1: no row, None: no file."""
-    paths = sorted(
-        glob(os.path.join(escape(folder), f"*run-*-{escape(run_id)}", f"run-{escape(run_id)}.wandb"))
-    )
+    paths = sorted(glob(os.path.join(escape(folder), f"*run-*-{escape(run_id)}", f"run-{escape(run_id)}.wandb")))
     for path in reversed(paths):
         blocks = os.path.getsize(path) // _BLOCK
         for start in sorted({max(0, blocks - _TAIL_BLOCKS), 0}, reverse=True):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ray_tracking.tracking.backends.base import RunInfo
-from ray_tracking.tracking.backends.mlflow import MLflowBackend
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +49,3 @@ def run_info(local_dir: Path) -> RunInfo:
     return RunInfo(
         "r1", "first run", {"width": 8}, {"team": "vision"}, str(local_dir), str(local_dir / "r1" / "artifacts")
     )
-
-
-@pytest.fixture
-def make_mlflow(mlflow_dir: Path) -> Callable[[], MLflowBackend]:
-    return MLflowBackend

@@ -93,6 +93,40 @@ def test_a_killed_process_loses_nothing(run_info: RunInfo, wait: float) -> None:
     assert comparable(wandb_points(folder, "r1", whole=False)) == comparable(grid(range(1, 2006)))
 
 
+def test_the_service_process_is_killed(run_info: RunInfo) -> None:
+    """In a process of its own: other tests here share this one's service."""
+    script = _SERVICE_KILLED.format(folder=run_info.local_dir)
+    done = subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert comparable(wandb_points(f"{run_info.local_dir}/wandb", "r1", whole=False)) == comparable(grid(range(1, 301)))
+
+
+_SERVICE_KILLED = """
+import os, signal, subprocess, time
+from ray_tracking.errors import BackendError
+from ray_tracking.tracking.backends.base import RunInfo
+from ray_tracking.tracking.backends.wandb import WandbBackend
+from tests.tracking.backends.records import grid, scalars
+backend, run = WandbBackend(), RunInfo("r1", "killed", local_dir={folder!r})
+identity = backend.open(run, None)
+backend.write(scalars(grid(range(1, 201))))
+assert backend.open(run, identity) == identity and backend.position() == 599
+children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="], capture_output=True, text=True)
+(service,) = [int(line.split()[0]) for line in children.stdout.splitlines() if "wandb-core" in line]
+os.kill(service, signal.SIGKILL)
+time.sleep(1.1)
+try:
+    backend.write(scalars(grid(range(201, 301)), offset=600))
+except BackendError:
+    assert backend.open(run, identity) == identity
+    assert backend.position() < 599
+else:
+    raise SystemExit("the write to a dead service succeeded")
+backend.write(scalars(grid(range(1, 301))))
+backend.close("completed")
+"""
+
+
 def test_held_offset_needs_only_the_files_end(run_info: RunInfo) -> None:
     backend = WandbBackend()
     folder = backend.open(run_info, None).location
