@@ -6,6 +6,7 @@ In: a URI or path and relative names. Out: bytes, listings, and writes that are 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -314,6 +315,8 @@ def _make_folder(path: str) -> None:
     """Make a folder and its parents, each entry durable: a file is lost with the folder it lies in."""
     if os.path.isdir(path):
         return
+    if os.path.lexists(path):
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory", path)
     parent = os.path.dirname(path)
     if parent != path:
         _make_folder(parent)

@@ -1,7 +1,7 @@
 """A real S3 server for tests, on loopback: Ceph's RADOS Gateway if it is installed, else moto's, else a skip.
 
-In: nothing. Out: the fixtures `s3_server` (one per session) and `s3_uri` (a fresh folder, the credentials in the
-environment). Import both into the conftest or test module that needs them; the server starts once all the same.
+In: nothing. Out: the fixtures `s3_server` (one per session) and `s3_uri` (a fresh folder, the credentials in
+the environment). Import both where they are needed; the server starts once all the same.
 """
 
 from __future__ import annotations
@@ -120,9 +120,7 @@ def _say(text: str) -> str:
 
 def _start_moto() -> S3Server:
     port = _free_port()
-    _spawn(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], Path(tempfile.gettempdir())
-    )
+    _spawn([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], Path(tempfile.gettempdir()))
     _await_answer(port, 60)
     return S3Server("moto", f"127.0.0.1:{port}")
 
@@ -170,9 +168,7 @@ def _spawn(command: Sequence[str], folder: Path) -> None:
     if shutil.which("setpriv"):  # also when this one is killed
         command = ["setpriv", "--pdeathsig", "TERM", *command]
     with open(folder / f"spawned-{secrets.token_hex(3)}.log", "wb") as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     owner = os.getpid()
     atexit.register(lambda: _end(process) if os.getpid() == owner else None)
 

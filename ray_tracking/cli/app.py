@@ -75,9 +75,7 @@ def main() -> None:
             traceback.print_exc()
         else:
             first = (str(error).splitlines() or [""])[0]
-            _complain(
-                f"Unexpected {type(error).__name__}: {first}\nRun again with {DEBUG_FLAG} to see where."
-            )
+            _complain(f"Unexpected {type(error).__name__}: {first}\nRun again with {DEBUG_FLAG} to see where.")
         sys.exit(1)
 
 

@@ -25,13 +25,9 @@ Settings = Annotated[
 ]
 StorageUri = Annotated[
     str | None,
-    typer.Option(
-        "--storage", metavar="URI", help="Where runs lie, s3://bucket/runs say [env: RAY_TRACKING_STORAGE]."
-    ),
+    typer.Option("--storage", metavar="URI", help="Where runs lie, s3://bucket/runs say [env: RAY_TRACKING_STORAGE]."),
 ]
-RunId = Annotated[
-    str | None, typer.Option("--run-id", metavar="ID", help="The run's id; default: name and time.")
-]
+RunId = Annotated[str | None, typer.Option("--run-id", metavar="ID", help="The run's id; default: name and time.")]
 Address = Annotated[
     str | None,
     typer.Option("--address", metavar="ADDR", help="The Ray cluster; default: one on this machine."),
@@ -41,9 +37,7 @@ Json = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run id, the beginning of one, or `latest`.")]
 
 
-def load_config(
-    file: Path | None, environment: str | None, overrides: Mapping[str, object] | None = None
-) -> Config:
+def load_config(file: Path | None, environment: str | None, overrides: Mapping[str, object] | None = None) -> Config:
     """The config these options ask for; `overrides` (dotted or nested) go before what files say."""
     from ray_tracking.config import get_config
 

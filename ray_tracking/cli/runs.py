@@ -143,9 +143,7 @@ def _print_overview(screen: Console, view: Overview, now: float) -> None:
             for attempt in view.attempts
         ]  # fmt: skip
         screen.print()
-        screen.print(
-            output.table("Attempts", ("attempt", "from", "lasted", "ended"), rows, right=("lasted",))
-        )
+        screen.print(output.table("Attempts", ("attempt", "from", "lasted", "ended"), rows, right=("lasted",)))
     if view.metrics:
         metrics = [
             (
@@ -156,9 +154,7 @@ def _print_overview(screen: Console, view: Overview, now: float) -> None:
             for key, of in view.metrics.items()
         ]
         screen.print()
-        screen.print(
-            output.table("Metrics (* monitor)", ("metric", "last", "best"), metrics, right=("last", "best"))
-        )
+        screen.print(output.table("Metrics (* monitor)", ("metric", "last", "best"), metrics, right=("last", "best")))
     print_backends(screen, view)
     if view.checkpoints:
         kept = [

@@ -127,9 +127,7 @@ def _watch(
                 del waiting[server]
                 say(f"{server.name} gives no answer at {server.url} for {_START_SECONDS:.0f} s: see --debug.")
         time.sleep(_LOOK_SECONDS)
-    raise RayTrackingError(
-        "No server is running.", hint="Run `ray-tracking ui --debug` to see what they say."
-    )
+    raise RayTrackingError("No server is running.", hint="Run `ray-tracking ui --debug` to see what they say.")
 
 
 def answers(url: str) -> bool:

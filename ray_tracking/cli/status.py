@@ -29,9 +29,7 @@ def status(
         document = view.to_json()
         shown = {key: document[key] for key in ("run_id", "name", "status", "last_step", "backends")}
         silent = round(now - view.alive, 1)
-        output.print_json(
-            shown | {"attempt": len(view.attempts), "alive": view.alive, "silent_seconds": silent}
-        )
+        output.print_json(shown | {"attempt": len(view.attempts), "alive": view.alive, "silent_seconds": silent})
         return
     screen = output.console()
     best = view.metrics.get(view.monitor or "")

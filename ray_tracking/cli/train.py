@@ -26,9 +26,7 @@ DEMO_TARGET = "ray_tracking.examples.digits:train"
 
 
 def train(
-    target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="module:function or path/file.py:function.")
-    ],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="module:function or path/file.py:function.")],
     config: ConfigFile = None,
     env: Environment = None,
     settings: Settings = None,

@@ -31,9 +31,7 @@ def ui(
     storage: StorageUri = None,
     config: ConfigFile = None,
     env: Environment = None,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show what the servers print, and tracebacks.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show what the servers print, and tracebacks.")] = False,
 ) -> None:
     """Start TensorBoard and MLflow on the storage; Ctrl-C ends both."""
     from ray_tracking.cli import servers
@@ -55,13 +53,13 @@ def _local_root(uri: str) -> Path:
     from ray_tracking.errors import UsageError
     from ray_tracking.storage import Storage
 
-    opened = Storage.open(uri)
-    if not opened.is_local:
+    if "://" in uri and not uri.startswith("file://"):  # seen without asking the remote server
         raise UsageError(
             f"The storage {uri} is remote: TensorBoard and MLflow read local files.",
             hint="Set experiment_tracking.mlflow.tracking_uri to a server and open that; "
             "for TensorBoard copy the event files here and run `tensorboard --logdir FOLDER`.",
         )
+    opened = Storage.open(uri)
     if not opened.exists():
         raise UsageError(
             f"There is no storage at {opened.root}.",

@@ -109,7 +109,7 @@ def gaps(live: Sequence[Segment], start: int) -> list[tuple[int, int]]:
 
 
 def plan_merge(live: Sequence[Segment], barriers: frozenset[str] = frozenset()) -> tuple[Segment, ...]:
-    """The neighbours to merge next, or (): the lightest `FAN_OUT` side by side of which none outweighs the others.
+    """The neighbours to merge next, or (): the lightest `FAN_OUT` in a row of which none outweighs the rest.
 
     So a row's segment at least doubles each time it is rewritten, and few segments lie between two full ones.
     Neighbours share an attempt's folder and have no gap between them. `barriers` are names not to touch.

@@ -11,12 +11,11 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ray_tracking.config import Config
 from ray_tracking.errors import RayTrackingError
-from ray_tracking.monitoring.doctor_backends import backend_findings
+from ray_tracking.monitoring.doctor_backends import backend_findings, installed_version
 from ray_tracking.monitoring.doctor_files import file_findings, filesystem_of, is_network_filesystem
 from ray_tracking.monitoring.doctor_ray import RayView, address_in_use, ray_findings
 from ray_tracking.monitoring.findings import Finding, ok, problem, warning
@@ -75,14 +74,6 @@ def versions() -> list[Finding]:
     return findings
 
 
-def installed_version(package: str) -> str | None:
-    """Of a distribution, without importing it."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def storage_findings(uri: str, nodes: int | None) -> list[Finding]:
     """Writable, with space, and where all of `nodes` (None: unknown) can reach it."""
     storage = Storage.open(uri)
@@ -97,9 +88,7 @@ def storage_findings(uri: str, nodes: int | None) -> list[Finding]:
     if free < _NO_SPACE:
         findings.append(problem("storage space", said, more))
     else:
-        findings.append(
-            warning("storage space", said, more) if free < _LITTLE_SPACE else ok("storage space", said)
-        )
+        findings.append(warning("storage space", said, more) if free < _LITTLE_SPACE else ok("storage space", said))
     findings.append(_shared(folder, nodes))
     return findings
 
@@ -110,9 +99,7 @@ def _shared(folder: Path, nodes: int | None) -> Finding:
         return ok("storage shared", f"{kind}: mount it at the same path on every node")
     if nodes is not None and nodes > 1:
         found = f"a local disk ({kind or 'unknown filesystem'}), but the cluster has {nodes} nodes"
-        return problem(
-            "storage shared", found, "Set --storage to s3://, gs:// or a path mounted on every node."
-        )
+        return problem("storage shared", found, "Set --storage to s3://, gs:// or a path mounted on every node.")
     return ok("storage shared", f"a local disk ({kind or 'unknown filesystem'}): enough for one machine")
 
 

@@ -10,6 +10,7 @@ import os
 import sqlite3
 from collections.abc import Mapping
 from contextlib import closing
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -24,8 +25,6 @@ WANDB_HOST = "https://api.wandb.ai"
 
 def backend_findings(config: Config, environment: Mapping[str, str] = os.environ) -> list[Finding]:
     """One or more findings per backend; one that is switched off is only named."""
-    from ray_tracking.monitoring.doctor import installed_version
-
     tracking = config.experiment_tracking
     findings: list[Finding] = []
     for name, section in (
@@ -39,9 +38,7 @@ def backend_findings(config: Config, environment: Mapping[str, str] = os.environ
             findings.append(ok(name, f"{said} (switched off)"))
         elif installed is None:
             off = f"--set experiment_tracking.{name}.enabled=false"
-            findings.append(
-                problem(name, said, f'pip install "ray-tracking[{name}]", or switch it off: {off}')
-            )
+            findings.append(problem(name, said, f'pip install "ray-tracking[{name}]", or switch it off: {off}'))
         else:
             findings.append(ok(name, said))
             findings += _deeper(name, section, environment)
@@ -58,6 +55,14 @@ def _deeper(name: str, section: Any, environment: Mapping[str, str]) -> list[Fin
     return []
 
 
+def installed_version(package: str) -> str | None:
+    """Of a distribution, without importing it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def wandb_login(mode: str, environment: Mapping[str, str], home: Path) -> list[Finding]:
     """Offline needs no login; online a key from WANDB_API_KEY or netrc, and a server that answers."""
     if mode != "online":
@@ -68,9 +73,7 @@ def wandb_login(mode: str, environment: Mapping[str, str], home: Path) -> list[F
     elif _in_netrc(urlsplit(base).hostname or "", Path(environment.get("NETRC") or home / ".netrc")):
         findings = [ok("wandb login", "in netrc")]
     else:
-        fix = (
-            "wandb login, or --set experiment_tracking.wandb.mode=offline and upload later with `wandb sync`."
-        )
+        fix = "wandb login, or --set experiment_tracking.wandb.mode=offline and upload later with `wandb sync`."
         findings = [problem("wandb login", f"no key for {redact_text(base)}", fix)]
     status, error = ask(base)
     if status is None:
@@ -93,12 +96,9 @@ def mlflow_server(uri: str, environment: Mapping[str, str]) -> list[Finding]:
     shown = redact_text(uri)
     if uri.startswith(("http://", "https://")):
         return [_mlflow_answers(uri, shown, environment)]
-    if uri.startswith("sqlite:"):
-        return sqlite_writable(
-            Path("/" + unquote(uri.partition("///")[2]).lstrip("/"))
-            if uri.startswith("sqlite:////")
-            else Path(unquote(uri.partition("///")[2]))
-        )
+    if uri.startswith("sqlite:///"):
+        # three slashes and a relative path, or four and an absolute one
+        return sqlite_writable(Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0])))
     return [ok("mlflow server", f"{shown}: not checked")]
 
 
@@ -115,9 +115,7 @@ def _mlflow_answers(uri: str, shown: str, environment: Mapping[str, str]) -> Fin
         return problem("mlflow server", f"{shown} refuses this login (HTTP {status})", fix)
     if status >= 400:
         fix = "Check that experiment_tracking.mlflow.tracking_uri is that of an MLflow server."
-        return warning(
-            "mlflow server", f"{shown} answers with HTTP {status} where MLflow says it is well", fix
-        )
+        return warning("mlflow server", f"{shown} answers with HTTP {status} where MLflow says it is well", fix)
     return ok("mlflow server", f"{shown} answers")
 
 
@@ -133,9 +131,7 @@ def sqlite_writable(path: Path) -> list[Finding]:
             return [ok("mlflow database", f"{path} will be made")]
         return [problem("mlflow database", f"{path} can't be made: {folder} is not writable", move)]
     try:
-        with closing(
-            sqlite3.connect(f"file:{path}?mode=rw", uri=True, timeout=2, isolation_level=None)
-        ) as database:
+        with closing(sqlite3.connect(f"file:{path}?mode=rw", uri=True, timeout=2, isolation_level=None)) as database:
             database.execute("BEGIN IMMEDIATE")
             database.execute("ROLLBACK")
     except sqlite3.Error as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ray_tracking.monitoring.findings import Finding, ok, problem, warning
@@ -31,42 +31,22 @@ _NETWORK = frozenset(
 )
 
 
-def file_findings(
-    config_file: Path | None, home: Path, environment: Mapping[str, str] = os.environ
-) -> list[Finding]:
+def file_findings(config_file: Path | None, home: Path, environment: Mapping[str, str] = os.environ) -> list[Finding]:
     """Files that hold a login: the Ray token, netrc, and a config file with a secret in it."""
-    findings = []
     token = Path(environment.get("RAY_AUTH_TOKEN_PATH") or home / ".ray" / "auth_token")
-    if (open_to := readable_by_others(token)) is not None:
-        # whoever reads it can run code on the cluster
-        findings.append(_private("file ray token", token, open_to, problem))
     netrc = Path(environment.get("NETRC") or home / ".netrc")
-    if (open_to := readable_by_others(netrc)) is not None:
-        findings.append(_private("file netrc", netrc, open_to, problem))
-    if (
-        config_file is not None
-        and (open_to := readable_by_others(config_file)) is not None
-        and _has_secret(config_file)
-    ):
-        findings.append(_private("file config", config_file, open_to, warning))
-    return findings
+    # who reads the token can run code on the cluster, who reads netrc can log in as the user
+    files = [("file ray token", token, problem), ("file netrc", netrc, problem)]
+    if config_file is not None and _has_secret(config_file):
+        files.append(("file config", config_file, warning))
+    return [_private(check, path, found) for check, path, found in files if path.is_file()]
 
 
-def _private(check: str, path: Path, open_to: bool, kind: object) -> Finding:
-    if not open_to:
-        return ok(check, f"{path} is yours alone")
-    make = problem if kind is problem else warning
+def _private(check: str, path: Path, complain: Callable[[str, str, str], Finding]) -> Finding:
     mode = stat.S_IMODE(path.stat().st_mode)
-    return make(check, f"{path} holds a secret and others may read it (mode {mode:04o})", f"chmod 600 {path}")
-
-
-def readable_by_others(path: Path) -> bool | None:
-    """Whether group or others may read or write it; None if there is no such file."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return None
-    return bool(mode & (stat.S_IRWXG | stat.S_IRWXO))
+    if not mode & (stat.S_IRWXG | stat.S_IRWXO):
+        return ok(check, f"{path} is yours alone")
+    return complain(check, f"{path} holds a secret and others may read it (mode {mode:04o})", f"chmod 600 {path}")
 
 
 def _has_secret(path: Path) -> bool:

@@ -55,9 +55,7 @@ def ray_findings(address: str | None) -> tuple[list[Finding], RayView]:
         address = _current_cluster()
         if address is None:
             fix = "Start one with `ray start --head`, or leave --address away: a run then starts its own."
-            return [
-                problem("ray cluster", "no cluster runs on this machine (--address auto)", fix)
-            ], RayView()
+            return [problem("ray cluster", "no cluster runs on this machine (--address auto)", fix)], RayView()
     if address.startswith(("http://", "https://")):
         return _jobs_server(address), RayView()
     host, port = host_and_port(address)
@@ -94,21 +92,15 @@ def _ask_cluster(address: str) -> tuple[list[Finding], RayView]:
     code, said = _ray_status(address)
     if code is None:
         fix = "Look at the head node: `ray status` hangs there too if its control service is ill."
-        return [
-            problem("ray cluster", f"{address} gave no answer within {ANSWER_SECONDS:.0f} s", fix)
-        ], RayView()
+        return [problem("ray cluster", f"{address} gave no answer within {ANSWER_SECONDS:.0f} s", fix)], RayView()
     if code != 0:
         if "AuthenticationError" in said:
-            return [
-                problem("ray login", f"{address} refuses our token, or we have none", _TOKEN_FIX)
-            ], RayView()
+            return [problem("ray login", f"{address} refuses our token, or we have none", _TOKEN_FIX)], RayView()
         fix = f"Try `ray status --address {address}`; Ray here and there must be of the same version."
         return [problem("ray cluster", f"{address} can't be asked: {_reason(said)}", fix)], RayView()
     nodes = count_nodes(said)
     findings = [ok("ray cluster", f"{address}: {nodes} node{'s' if nodes != 1 else ''}")]
-    without_token, _ = _ray_status(
-        address, RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN="", RAY_AUTH_TOKEN_PATH=""
-    )
+    without_token, _ = _ray_status(address, RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN="", RAY_AUTH_TOKEN_PATH="")
     if without_token == 0:
         findings.append(warning("ray login", f"{address} lets everyone in", _OPEN_FIX))
     else:

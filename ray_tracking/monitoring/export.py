@@ -56,9 +56,7 @@ def check_output(output: Path, *, force: bool = False) -> Callable[[pa.Table, Pa
     if output.is_dir():
         raise UsageError(f"{output} is a folder.", hint="Name a file: -o history.parquet.")
     if output.exists() and not force:
-        raise UsageError(
-            f"{output} is there already.", hint="Overwrite it with --force, or name another file."
-        )
+        raise UsageError(f"{output} is there already.", hint="Overwrite it with --force, or name another file.")
     if not output.parent.is_dir():
         raise UsageError(f"There is no folder {output.parent} for {output.name}.", hint="Make it first.")
     return writer

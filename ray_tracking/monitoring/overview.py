@@ -90,9 +90,7 @@ def overview(store: RunStore, run_id: str, now: float) -> Overview:
     next_offset = reader.next_offset
     summary = Summary.load(directory)
     catch_up(summary, reader, next_offset)
-    problems = [
-        f"The journal is damaged, these records are left out: {skipped}" for skipped in reader.skipped
-    ]
+    problems = [f"The journal is damaged, these records are left out: {skipped}" for skipped in reader.skipped]
     checkpoints = CheckpointStore(directory).scan()
     alive = last_sign_of_life(record, summary)
     return Overview(
@@ -155,9 +153,7 @@ def backends(record: RunRecord, cursors: Iterable[Cursor], next_offset: int) -> 
     waiting = BackendState.PENDING if record.status.is_final else BackendState.STARTING
     for name in enabled_backends(record.config):
         if name not in views:
-            views[name] = BackendView(
-                waiting.value, 0, next_offset, 0, None, None, "nothing delivered yet", ()
-            )
+            views[name] = BackendView(waiting.value, 0, next_offset, 0, None, None, "nothing delivered yet", ())
     return dict(sorted(views.items()))
 
 
@@ -166,9 +162,7 @@ def enabled_backends(config: Mapping[str, Any]) -> list[str]:
     section = config.get("experiment_tracking") or {}
     if not section.get("enabled", True):
         return []
-    return [
-        name for name, options in section.items() if isinstance(options, Mapping) and options.get("enabled")
-    ]
+    return [name for name, options in section.items() if isinstance(options, Mapping) and options.get("enabled")]
 
 
 def checkpoint_views(found: Sequence[Found], monitor: str | None, mode: str) -> tuple[CheckpointView, ...]:

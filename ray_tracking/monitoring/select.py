@@ -22,9 +22,7 @@ def select_run(store: RunStore, wanted: str) -> str:
     if wanted == LATEST:
         run_id = newest(store)
         if run_id is None:
-            raise UsageError(
-                f"There are no runs in {store.storage.uri}.", hint="Start one with `ray-tracking demo`."
-            )
+            raise UsageError(f"There are no runs in {store.storage.uri}.", hint="Start one with `ray-tracking demo`.")
         return run_id
     return match(wanted, list(store.ids()), store.storage.uri)
 
@@ -38,9 +36,7 @@ def match(wanted: str, ids: Sequence[str], place: str) -> str:
         return candidates[0]
     if candidates:
         shown = ", ".join(candidates[:5]) + (", ..." if len(candidates) > 5 else "")
-        raise UsageError(
-            f"{wanted!r} may be any of {len(candidates)} runs: {shown}.", hint="Give more of the id."
-        )
+        raise UsageError(f"{wanted!r} may be any of {len(candidates)} runs: {shown}.", hint="Give more of the id.")
     close = difflib.get_close_matches(wanted, ids, n=3, cutoff=0.4)
     known = f"Did you mean {' or '.join(close)}? " if close else ""
     raise UsageError(f"No run {wanted!r} in {place} ({len(ids)} runs there).", hint=known + _HINT)

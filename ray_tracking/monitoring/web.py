@@ -11,9 +11,7 @@ from collections.abc import Mapping
 TIMEOUT_SECONDS = 3.0
 
 
-def ask(
-    url: str, headers: Mapping[str, str] | None = None, timeout: float = TIMEOUT_SECONDS
-) -> tuple[int | None, str]:
+def ask(url: str, headers: Mapping[str, str] | None = None, timeout: float = TIMEOUT_SECONDS) -> tuple[int | None, str]:
     """(status, "") of a GET, or (None, reason). Loopback addresses are asked directly,
     others through the proxy that is set."""
     try:

@@ -13,7 +13,7 @@ from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, Sca
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy
+from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy, apply_retention
 from ray_tracking.config import Config, get_config, redact
 from ray_tracking.errors import RayTrackingError, RefusedError, RunFailedError, UsageError
 from ray_tracking.log import get_logger, is_debug
@@ -153,8 +153,11 @@ class TrainingManager:
         return Status.COMPLETED, "completed", None
 
     def _result(self, directory: Storage, status: Status, report: Mapping[str, Any]) -> RunResult:
-        infos = CheckpointStore(directory).checkpoints()
+        store = CheckpointStore(directory)
         strategy = CheckpointStrategy.from_config(self.config.training.default)
+        # Once more: rank 0's last pass may have come before the other ranks had finished the last checkpoint.
+        apply_retention(store, strategy)
+        infos = store.checkpoints()
         return RunResult(
             self.run_id,
             status.value,

@@ -37,9 +37,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     """P8: at most 0.4 s. Counted in CPU seconds, which are the wall time of a machine that does nothing else."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     for _ in range(3):
-        subprocess.run(
-            [sys.executable, "-m", "ray_tracking", "--help"], check=True, capture_output=True, cwd=_root()
-        )
+        subprocess.run([sys.executable, "-m", "ray_tracking", "--help"], check=True, capture_output=True, cwd=_root())
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 3 <= 0.4
     probe = "import sys, ray_tracking.cli.app; print(*sorted(m for m in sys.modules if '.' not in m))"
@@ -70,9 +68,7 @@ def test_no_command_prints_the_help(cli: Cli) -> None:
     assert "Usage" in done.out + done.err
 
 
-@pytest.mark.parametrize(
-    "arguments", [["nope"], ["runs", "ls", "--nope"], ["train"], ["runs", "ls", "-n", "0"]]
-)
+@pytest.mark.parametrize("arguments", [["nope"], ["runs", "ls", "--nope"], ["train"], ["runs", "ls", "-n", "0"]])
 def test_wrong_usage_is_2(cli: Cli, arguments: list[str]) -> None:
     assert cli(*arguments).code == 2
 

@@ -128,9 +128,7 @@ def test_a_live_line_ends_with_its_last_state(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("TERM", "xterm")
     view = ProgressView()
     with view:
-        thread = threading.Thread(
-            target=lambda: [view.report(report(step, step / 2)) for step in range(1, 40)]
-        )
+        thread = threading.Thread(target=lambda: [view.report(report(step, step / 2)) for step in range(1, 40)])
         thread.start()
         thread.join()
     assert terminal.getvalue().rstrip().endswith("left")

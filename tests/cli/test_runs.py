@@ -72,9 +72,7 @@ def test_show_json_is_the_whole_document(cli: Cli, store: RunStore) -> None:
 
 def test_show_for_people(cli: Cli, store: RunStore) -> None:
     run = RunBuilder(store, "digits").log(scalars(range(1, 4)))
-    run.backend(
-        "mlflow", offset=1, state=BackendState.FAILING, error="connection refused", location="http://x:1"
-    )
+    run.backend("mlflow", offset=1, state=BackendState.FAILING, error="connection refused", location="http://x:1")
     run.checkpoint(3, {"val/loss": 0.3}, pinned=True)
     run.checkpoint(4, {"val/loss": 0.3}, complete=False)
 
@@ -143,9 +141,7 @@ def test_wrong_runs_are_2(cli: Cli, store: RunStore, arguments: list[str], said:
 def test_status_of_the_newest_run(cli: Cli, store: RunStore) -> None:
     now = time.time()
     RunBuilder(store, "old", created=now - 500).alive(now - 400)
-    RunBuilder(store, "new", created=now - 100).log(scalars([1, 2])).backend(
-        "wandb", state=BackendState.OK, offset=3
-    )
+    RunBuilder(store, "new", created=now - 100).log(scalars([1, 2])).backend("wandb", state=BackendState.OK, offset=3)
 
     text = " ".join(cli("status").out.split())
     assert "run new status running step 2" in text

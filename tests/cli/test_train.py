@@ -1,4 +1,5 @@
-"""What `train` and `demo` refuse, and that they do so before Ray is touched; the runs themselves are in tests/runtime."""
+"""What `train` and `demo` refuse, and that they do so before Ray is touched;
+the runs themselves are in tests/runtime."""
 
 from __future__ import annotations
 

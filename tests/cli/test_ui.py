@@ -116,9 +116,7 @@ def test_the_plan_follows_what_lies_there(tmp_path: Path, monkeypatch: pytest.Mo
     assert [server.name for server in both.servers] == ["TensorBoard", "MLflow"]
     assert str(tmp_path / "tensorboard") in both.servers[0].command
     assert f"sqlite:///{tmp_path}/mlflow.db" in both.servers[1].command
-    remote = plan_for(
-        get_config(overrides={"experiment_tracking.mlflow.tracking_uri": "http://m:1"}), tmp_path
-    )
+    remote = plan_for(get_config(overrides={"experiment_tracking.mlflow.tracking_uri": "http://m:1"}), tmp_path)
     assert [server.name for server in remote.servers] == ["TensorBoard"]
     assert "http://m:1" in remote.notes[0]
 

@@ -20,14 +20,14 @@ SECRET_NAMES = (
     *("x-api-key", "access_key", "aws_access_key_id", "AWS_SECRET_ACCESS_KEY", "private_key", "ssh_key"),
     *("credentials", "credential", "authorization", "Authorization", "auth", "dsn"),
     *("sentry.dsn", "connection_string", "ConnectionString", "cookie", "Set-Cookie", "passphrase"),
-    *("db_pass"),
+    "db_pass",
 )
 HARMLESS_NAMES = (
     *("tokenizer", "max_tokens", "num_tokens", "tokens", "key_file", "key_env"),
     *("key_command", "key", "keys", "monitor", "author", "secretary"),
     *("keyboard", "monkey", "token_count", "password_file", "TOKEN_PATH", "RAY_AUTH_MODE"),
     *("compass", "bypass", "forward_pass", "pwd", "cookies_enabled", "lr"),
-    *("train/loss"),
+    "train/loss",
 )
 
 

@@ -18,9 +18,7 @@ def scalar(
 
 def call(seq: int, *, rows: int = 3, attempt: int = 1, rank: int = 0) -> list[Record]:
     """The records of one log call."""
-    return [
-        scalar(seq, seq + row / 8, key=f"k{row}", attempt=attempt, seq=seq, rank=rank) for row in range(rows)
-    ]
+    return [scalar(seq, seq + row / 8, key=f"k{row}", attempt=attempt, seq=seq, rank=rank) for row in range(rows)]
 
 
 def began(attempt: int, resumed: int) -> Record:

@@ -1,4 +1,4 @@
-"""A fault at every operation on storage: what is acknowledged is there once, what is not is whole or absent."""
+"""A fault at every operation on storage: what is acknowledged is there once, the rest whole or absent."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ STEPS = ["append"] * 4 + [
 
 
 def work(writer: JournalWriter, told: list, *, retry: bool = False) -> None:
-    """All of STEPS; what is acknowledged goes to `told`. `retry` does again what raised, as the tracker does."""
+    """All of STEPS; what is acknowledged goes to `told`. `retry` repeats what raised, as the tracker does."""
     batches = iter(BATCHES)
     for step in STEPS:
         batch = next(batches) if step == "append" else None
@@ -81,9 +81,7 @@ def test_killed_at_any_operation(tmp_path, operations, done):
         found = JournalReader(storage).read()
         assert found[: len(told)] == told, f"operation {number}"
         unsure = next((batch for batch in BATCHES if batch[:1] == EVERYTHING[len(told) :][:1]), [])
-        assert plain(found) in (EVERYTHING[: len(told)], EVERYTHING[: len(told)] + unsure), (
-            f"operation {number}"
-        )
+        assert plain(found) in (EVERYTHING[: len(told)], EVERYTHING[: len(told)] + unsure), f"operation {number}"
 
         # The next process: senders resend all that was not acknowledged, doubles are dropped by last_seq.
         writer = JournalWriter(storage, 1)
@@ -114,9 +112,7 @@ def test_storage_fails_at_any_operation_and_works_again(tmp_path, operations, do
         assert len(faulty.operations) > number
         assert plain(told) == EVERYTHING, f"operation {number}"
         assert JournalReader(storage).read() == told, f"operation {number}"
-        assert [name.rpartition(".")[2] for name, _ in storage.walk("journal")] == ["parquet"], (
-            f"operation {number}"
-        )
+        assert [name.rpartition(".")[2] for name, _ in storage.walk("journal")] == ["parquet"], f"operation {number}"
 
 
 CHILD = """

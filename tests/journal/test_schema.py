@@ -41,7 +41,8 @@ def test_no_records_are_an_empty_table():
     [
         ("step", "three"),
         ("value", "0.5"),
-        ("data", "text"),
+        ("data", 3),
+        ("key", None),
         ("key", "\ud800"),
         ("step", 2**63),
         ("rank", None),

@@ -24,9 +24,7 @@ from ray_tracking.storage import Storage
 from ray_tracking.tracking.cursor import Cursor
 
 
-def scalars(
-    steps: Iterable[int], attempt: int = 1, key: str = "val/loss", scale: float = 1.0
-) -> list[Record]:
+def scalars(steps: Iterable[int], attempt: int = 1, key: str = "val/loss", scale: float = 1.0) -> list[Record]:
     """`key` = scale / step at each step, each a call of its own."""
     return [
         Record(Kind.SCALAR, key, step, 1000.0 + step, scale / step, None, 0, attempt, seq)

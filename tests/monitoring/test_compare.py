@@ -31,9 +31,7 @@ def test_differences(configs: list[dict[str, object]], expected: dict[str, objec
 
 def test_compare_puts_runs_in_the_order_asked_for(store: RunStore) -> None:
     RunBuilder(store, "a").log(scalars([1, 2])).config({"params": {"lr": 0.1}})
-    RunBuilder(store, "b").log(scalars([1, 2, 4])).log(scalars([4], key="acc")).config(
-        {"params": {"lr": 0.2}}
-    )
+    RunBuilder(store, "b").log(scalars([1, 2, 4])).log(scalars([4], key="acc")).config({"params": {"lr": 0.2}})
 
     result = compare(store, ["b", "a"], time.time())
 

@@ -61,9 +61,7 @@ def test_values_json_lacks_are_kept(store: RunStore, tmp_path: Path) -> None:
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
 
-    rows = [
-        json.loads(line, parse_constant=refuse) for line in (tmp_path / "h.jsonl").read_text().splitlines()
-    ]
+    rows = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "h.jsonl").read_text().splitlines()]
     assert str([float(row["value"]) for row in rows]) == str(values)
 
 
@@ -92,9 +90,7 @@ def test_a_missing_folder_and_a_folder_as_file(run: RunBuilder, tmp_path: Path) 
         export_run(run.directory, tmp_path / "d.csv", force=True)
 
 
-def test_a_failed_write_leaves_nothing(
-    run: RunBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_nothing(run: RunBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -17,9 +17,7 @@ from tests.monitoring.builder import RunBuilder, scalars
 
 def test_json_has_the_designs_structure(store: RunStore) -> None:
     run = RunBuilder(store, "digits").log(scalars(range(1, 11)))
-    run.backend(
-        "mlflow", offset=4, delivered=4, state=BackendState.FAILING, error="refused", location="http://x"
-    )
+    run.backend("mlflow", offset=4, delivered=4, state=BackendState.FAILING, error="refused", location="http://x")
     run.checkpoint(5, {"val/loss": 0.2}, pinned=True)
     run.finish()
 
@@ -80,9 +78,7 @@ def test_pending_counts_journal_rows_of_all_kinds(store: RunStore) -> None:
 @pytest.mark.parametrize(("finished", "state"), [(False, "starting"), (True, "pending")])
 def test_a_backend_that_is_on_but_has_no_cursor_is_shown(store: RunStore, finished: bool, state: str) -> None:
     run = RunBuilder(store, "a").log(scalars([1]))
-    run.config(
-        {"experiment_tracking": {"enabled": True, "mlflow": {"enabled": True}, "wandb": {"enabled": False}}}
-    )
+    run.config({"experiment_tracking": {"enabled": True, "mlflow": {"enabled": True}, "wandb": {"enabled": False}}})
     if finished:
         run.finish()
 
@@ -98,9 +94,7 @@ def test_no_backend_is_on_when_tracking_is_off() -> None:
 
 
 @pytest.mark.parametrize(("silent", "status"), [(59.0, "running"), (61.0, "interrupted")])
-def test_a_running_run_that_is_silent_for_a_minute_is_interrupted(
-    store: RunStore, silent: float, status: str
-) -> None:
+def test_a_running_run_that_is_silent_for_a_minute_is_interrupted(store: RunStore, silent: float, status: str) -> None:
     now = time.time()
     RunBuilder(store, "a", created=now - 1000).alive(now - silent)
     assert overview(store, "a", now).status == status

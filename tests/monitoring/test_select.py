@@ -16,9 +16,7 @@ IDS = ["digits-1", "digits-10", "digits-2", "faces-1"]
     ("wanted", "found"),
     [("digits-1", "digits-1"), ("digits-10", "digits-10"), ("f", "faces-1"), ("digits-2", "digits-2")],
 )
-def test_a_full_id_wins_over_its_continuations_and_a_prefix_must_be_unambiguous(
-    wanted: str, found: str
-) -> None:
+def test_a_full_id_wins_over_its_continuations_and_a_prefix_must_be_unambiguous(wanted: str, found: str) -> None:
     assert match(wanted, IDS, "here") == found
 
 

@@ -24,7 +24,7 @@ _ROLL_BYTES = 16 << 20  # a remote file is uploaded whole, so it is kept small
 
 
 class TensorBoardBackend(Backend):
-    """Writes event files to `<log_dir>/<run id>`, by default below the run's local directory; needs no tensorflow or torch.
+    """Event files in `<log_dir>/<run id>` (default: below the run's local directory); no torch, no tensorflow.
 
     Scalars are 32-bit floats there, as TensorBoard's own writers make them. `update_freq` is how many steps are
     gathered before they are written, `flush_secs` how often what was written is forced to disk (or uploaded, if
