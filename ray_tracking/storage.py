@@ -189,10 +189,10 @@ class Storage:
         """What lies directly in a folder, by name; empty if there is none. Unfinished writes are left out."""
         path = self.path(name)
         try:
-            entries = _list_local(path) if self.is_local else self._list_remote(path)
+            entries = sorted(_list_local(path) if self.is_local else self._list_remote(path))
         except OSError as error:
             raise self._failure("list", path, error) from error
-        return sorted(entry for entry in entries if not entry.name.startswith(_TEMPORARY))
+        return [entry for entry in entries if not entry.name.startswith(_TEMPORARY)]
 
     def _list_remote(self, path: str) -> Iterator[Entry]:
         from pyarrow import fs

@@ -120,7 +120,9 @@ class ProgressView:
     def report(self, report: Progress) -> None:
         """Take in one report."""
         with self._lock:
-            self._samples = remember(self._samples, (report.elapsed, report.step))
+            # what came before the first step is no part of the rate
+            started = report.phase != "starting"
+            self._samples = remember(self._samples, (report.elapsed, report.step)) if started else []
             line = describe(report, rate(self._samples))
             if self._live is not None:
                 from rich.text import Text

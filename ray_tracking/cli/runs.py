@@ -155,7 +155,7 @@ def _print_overview(screen: Console, view: Overview, now: float) -> None:
         ]
         screen.print()
         screen.print(output.table("Metrics (* monitor)", ("metric", "last", "best"), metrics, right=("last", "best")))
-    print_backends(screen, view)
+    print_backends(screen, view, kinds=True)
     if view.checkpoints:
         kept = [
             (
@@ -181,8 +181,8 @@ def _print_overview(screen: Console, view: Overview, now: float) -> None:
         screen.print(output.cell(f"Problem: {problem}"))
 
 
-def print_backends(screen: Console, view: Overview) -> None:
-    """How each backend stands; below the table why one is behind, and what is pending there."""
+def print_backends(screen: Console, view: Overview, *, kinds: bool = False) -> None:
+    """How each backend stands; below the table why one is behind, and with `kinds` what it can't show."""
     from ray_tracking.cli import output
 
     if not view.backends:
@@ -198,7 +198,7 @@ def print_backends(screen: Console, view: Overview) -> None:
         if backend.error:
             behind = f", {backend.pending} records pending" if backend.pending else ""
             screen.print(output.cell(f"{name} is {backend.state}{behind}: {backend.error}"))
-        if backend.unsupported:
+        if kinds and backend.unsupported:
             screen.print(output.cell(f"{name} can't show: {', '.join(backend.unsupported)}"))
 
 

@@ -69,7 +69,7 @@ def _run(target: str, config: Config, run_id: str | None, address: str | None, d
     from ray_tracking.cli.progress import ProgressView
     from ray_tracking.log import configure
     from ray_tracking.runs.store import check_run_id
-    from ray_tracking.runtime.target import load_target
+    from ray_tracking.runtime.target import load_target, ship_by_value
     from ray_tracking.storage import Storage
 
     configure("debug" if debug else config.logging.level, json=config.logging.json)
@@ -81,6 +81,7 @@ def _run(target: str, config: Config, run_id: str | None, address: str | None, d
 
     from ray_tracking.runtime.trainer import TrainingManager
 
+    ship_by_value(loaded)
     with ProgressView() as view:
         manager = TrainingManager(config, run_id=run_id, address=address, observer=view.report)
         result = manager.fit(loaded.function, entrypoint=target, code_digest=loaded.digest)
@@ -89,6 +90,7 @@ def _run(target: str, config: Config, run_id: str | None, address: str | None, d
 
 def _print_result(result: Any, config: Config, storage: Any) -> None:
     """Final and best metrics, checkpoints kept, where to look."""
+    import shlex
     import time
 
     from ray_tracking.cli import output
@@ -115,7 +117,7 @@ def _print_result(result: Any, config: Config, storage: Any) -> None:
         screen.print()
         screen.print(output.table("Metrics", ("metric", "last", "best"), rows, right=("last", "best")))
     print_backends(screen, view)
-    place = "" if config.storage in ("./runs", "runs") else f" --storage {storage.uri}"
-    screen.print()
-    screen.print(output.cell(f"See it:  ray-tracking ui{place}"))
-    screen.print(output.cell(f"Again:   ray-tracking runs show {result.run_id}{place}"))
+    place = "" if config.storage in ("./runs", "runs") else f" --storage {shlex.quote(storage.uri)}"
+    # not through the console: a command that is broken over lines can't be copied
+    typer.echo(f"\nSee it:  ray-tracking ui{place}")
+    typer.echo(f"Again:   ray-tracking runs show {shlex.quote(result.run_id)}{place}")

@@ -110,6 +110,12 @@ class ModelConfig(Section):
         Allowed("auto, cpu, cuda, cuda:<index>, mps or another device type of torch"),
     ] = "auto"
     """Where the model is placed. `auto`: the worker's GPU if it has one, else the CPU."""
+    checkpoint_dir: Text | None = None
+    """Where `latest`, `best` and steps are looked up; null: `checkpoints` on the storage."""
+    monitor: Text = "val/loss"
+    """The metric that says which checkpoint is `best`."""
+    mode: Literal["min", "max"] = "min"
+    """Whether the best is the smallest or the largest."""
 
     @field_validator("device")
     @classmethod
@@ -146,7 +152,7 @@ class TensorBoardConfig(Section):
     log_dir: Text | None = None
     """Directory of the event files; null: `<storage>/tensorboard/<run id>`."""
     update_freq: Positive = 1
-    """Write the scalars of every n-th step."""
+    """Gather the scalars of n steps before they are written; none is left out."""
     flush_secs: Seconds = 10.0
     """Seconds between two flushes of the event file."""
 
@@ -176,7 +182,7 @@ class MLflowConfig(Section):
     experiment_name: Text | None = None
     """Experiment; null: the run's name."""
     log_models: bool = False
-    """Also log the best checkpoint as a model."""
+    """Also copy artifacts named `model` or below `model/` to MLflow."""
 
 
 class DeliveryConfig(Section):
@@ -223,8 +229,8 @@ class EncryptionConfig(Section):
 class CheckpointConfig(Section):
     """When checkpoints are saved, which are kept, and how they are stored."""
 
-    save_steps: Positive = 1000
-    """Save every n steps."""
+    save_steps: Positive | None = 1000
+    """Save every n steps; null: only by the other rules."""
     save_total_limit: Positive | None = 3
     """How many are kept; null: all."""
     save_best_only: bool = False
@@ -234,13 +240,15 @@ class CheckpointConfig(Section):
     mode: Literal["min", "max"] = "min"
     """Whether the best is the smallest or the largest."""
     checkpoint_dir: Text | None = None
-    """Where a plain script keeps checkpoints; null: in the run's directory on the storage."""
+    """Where a plain script keeps checkpoints; null: `checkpoints` on the storage. Runs on Ray keep theirs with the run."""
     compression: Literal["zstd"] | None = None
     """Compress tensors; saves about 8 % on weights and costs time."""
     encryption: EncryptionConfig | None = None
     """Seal checkpoints with AES-256-GCM; null: not."""
     save_every_seconds: Seconds | None = None
     """Also save when this many seconds have passed since the last one; null: not."""
+    save_on_epoch_end: bool = False
+    """Also save at each epoch's end."""
     keep_every_steps: Positive | None = None
     """Never delete checkpoints whose step is a multiple of this; null: no such rule."""
 
@@ -273,8 +281,8 @@ with warnings.catch_warnings():
 
         level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = "info"
         """The least that is shown; RAY_TRACKING_LOG_LEVEL and `--debug` override it."""
-        json: bool | None = None  # type: ignore[assignment]
-        """One JSON object per line; null: only where the output is no terminal."""
+        json: bool = False  # type: ignore[assignment]
+        """One JSON object per line instead of readable text."""
 
 
 class Config(Section):

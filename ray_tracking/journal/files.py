@@ -48,9 +48,7 @@ def load(storage: Storage, segment: Segment, columns: Sequence[str] | None = Non
     where = f"{storage.path(segment.name)!r}"
     digest = xxhash.xxh3_64_hexdigest(content)
     if digest != segment.digest:
-        raise _damaged(
-            where, f"its digest is {digest}, its name says {segment.digest} ({len(content)} bytes)"
-        )
+        raise _damaged(where, f"its digest is {digest}, its name says {segment.digest} ({len(content)} bytes)")
     data = pa.py_buffer(content)
     try:
         table = _parquet(data, columns) if segment.attempt is None else _arrow(data, columns)
@@ -86,9 +84,7 @@ def _arrow(data: pa.Buffer, columns: Sequence[str] | None) -> pa.Table:
 
 
 def _parquet(data: pa.Buffer, columns: Sequence[str] | None) -> pa.Table:
-    return pq.read_table(
-        pa.BufferReader(data), columns=None if columns is None else list(columns), use_threads=False
-    )
+    return pq.read_table(pa.BufferReader(data), columns=None if columns is None else list(columns), use_threads=False)
 
 
 def _damaged(where: str, reason: str) -> JournalError:

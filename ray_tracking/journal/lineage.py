@@ -44,8 +44,7 @@ def resumes(rows: pa.Table | Iterable[Record]) -> dict[int, int]:
 def limits(resumed: Mapping[int, int], attempts: Iterable[int]) -> dict[int, int | None]:
     """attempt -> its last step that counts: the earliest that a later one resumed from, None if all do."""
     return {
-        attempt: min((step for later, step in resumed.items() if later > attempt), default=None)
-        for attempt in attempts
+        attempt: min((step for later, step in resumed.items() if later > attempt), default=None) for attempt in attempts
     }
 
 
@@ -113,9 +112,7 @@ def shown_before(table: pa.Table, attempt: int) -> set[Point]:
     )
     columns = (earlier.column(name).to_pylist() for name in ("kind", "key", "step", "rank"))
     return {
-        (Kind(kind), key, step, rank)
-        for kind, key, step, rank in zip(*columns, strict=True)
-        if kind not in STEPLESS
+        (Kind(kind), key, step, rank) for kind, key, step, rank in zip(*columns, strict=True) if kind not in STEPLESS
     }
 
 

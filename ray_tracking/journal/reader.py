@@ -77,9 +77,7 @@ class JournalReader:
         rows = self._table(lineage.COLUMNS)
         mask = lineage.effective_mask(rows)
         if kinds is not None:
-            mask &= pc.is_in(
-                rows.column("kind").cast(pa.string()), pa.array(sorted(kinds), pa.string())
-            ).to_numpy()
+            mask &= pc.is_in(rows.column("kind").cast(pa.string()), pa.array(sorted(kinds), pa.string())).to_numpy()
         offsets = rows.column("offset").to_numpy()[mask]
         if not len(offsets):
             return

@@ -38,9 +38,7 @@ class Segment:
     @property
     def name(self) -> str:
         """Its path below the run's directory."""
-        folder, suffix = (
-            (HISTORY, "parquet") if self.attempt is None else (f"attempt-{self.attempt:03d}", "arrow")
-        )
+        folder, suffix = (HISTORY, "parquet") if self.attempt is None else (f"attempt-{self.attempt:03d}", "arrow")
         return f"{ROOT}/{folder}/{self.first:012d}-{self.last:012d}-{self.digest}.{suffix}"
 
     @property
@@ -85,9 +83,7 @@ def layout(segments: Iterable[Segment]) -> Layout:
     covered: list[Segment] = []
     clashing: list[Segment] = []
     end = -1
-    for segment in sorted(
-        segments, key=lambda one: (one.first, -one.last, one.attempt is not None, one.digest)
-    ):
+    for segment in sorted(segments, key=lambda one: (one.first, -one.last, one.attempt is not None, one.digest)):
         if segment.first > end:
             live.append(segment)
             end = segment.last
@@ -130,9 +126,7 @@ def plan_merge(live: Sequence[Segment], barriers: frozenset[str] = frozenset()) 
     return _within_target(best[1]) if best else ()
 
 
-def plan_history(
-    live: Sequence[Segment], barriers: frozenset[str] = frozenset()
-) -> list[tuple[Segment, ...]]:
+def plan_history(live: Sequence[Segment], barriers: frozenset[str] = frozenset()) -> list[tuple[Segment, ...]]:
     """Groups of neighbours, each to become one file of the history.
 
     Small files of the history are taken in again: a run resumed many times doesn't end as many of them.

@@ -18,6 +18,7 @@ class Reason(NamedTuple):
     traceback: str
 
 
+_LOST_PEER = re.compile(r"gloo|NCCL|ncclRemoteError|Connection (reset|closed) by peer|process group", re.IGNORECASE)
 _INTERNAL = re.compile(r'^  File ".*/(ray|ray_tracking)/[^"]*", line \d+.*\n(?:    .*\n)*', re.MULTILINE)
 
 
@@ -30,8 +31,8 @@ def reason_of(error: TrainingFailedError) -> Reason:
 
 
 def reason_of_ranks(failures: Mapping[int, Exception]) -> Reason:
-    """The exception of the lowest failed rank."""
-    rank, failure = min(failures.items())
+    """The exception of the lowest rank that failed by itself; ranks that only lost their peers come last."""
+    rank, failure = min(failures.items(), key=lambda item: (bool(_LOST_PEER.search(str(item[1]))), item[0]))
     text = redact_text(str(failure)).strip()
     lines = [line for line in text.splitlines() if line.strip()]
     last = lines[-1].strip() if lines else type(failure).__name__

@@ -2,7 +2,7 @@
 found and checked before Ray starts.
 
 In: the text. Out: a `LoadedTarget`, or a UsageError that says what is wrong with it.
-Imports the user's code, never ray.
+Imports the user's code, and ray only to ship it.
 """
 
 from __future__ import annotations
@@ -65,6 +65,34 @@ def load_target(target: str) -> LoadedTarget:
     module = _import_file(source) if by_path and source is not None else _import_module(place, source)
     function = _function(module, function_name, place)
     return LoadedTarget(function, target, source, digest, module, by_path)
+
+
+def ship_by_value(loaded: LoadedTarget) -> None:
+    """Let Ray send a target that was given as a file, and the modules it imports from its folder, whole to the workers.
+
+    They can't import it themselves: they have neither its made-up name nor its folder on their path.
+    A target given as a module is left alone: it is found by name, also on the workers.
+    """
+    if not loaded.by_path or loaded.source is None:
+        return
+    from ray import cloudpickle
+
+    for module in _own_modules(loaded.source.parent):
+        cloudpickle.register_pickle_by_value(module)
+
+
+def _own_modules(folder: Path) -> list[ModuleType]:
+    """The modules loaded from a folder that no environment and no package of ours holds."""
+    found = []
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not isinstance(module, ModuleType) or not file or name.partition(".")[0] == "ray_tracking":
+            continue
+        path = Path(file)
+        installed = path.is_relative_to(sys.prefix) or path.is_relative_to(sys.base_prefix)
+        if path.is_relative_to(folder) and not installed and "site-packages" not in path.parts:
+            found.append(module)
+    return found
 
 
 def _form_hint(target: str) -> str:

@@ -133,3 +133,12 @@ def test_a_live_line_ends_with_its_last_state(monkeypatch: pytest.MonkeyPatch) -
         thread.join()
     assert terminal.getvalue().rstrip().endswith("left")
     assert "step 39/1000" in terminal.getvalue().splitlines()[-1]
+
+
+def test_the_time_before_the_first_step_is_no_part_of_the_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressView(live=False, clock=lambda: 0.0) as view:
+        view.report(report(0, 0.0, phase="starting"))
+        view.report(report(0, 20.0, phase="starting"))
+        view.report(report(10, 21.0))
+        view.report(report(30, 22.0))
+    assert "20 steps/s" in capsys.readouterr().err.splitlines()[-1]

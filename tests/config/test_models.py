@@ -46,7 +46,7 @@ def test_reads_as_a_mapping(config):
 
 
 def test_spreads_into_keyword_arguments(config):
-    def create(name, args, weights, device):
+    def create(name, args, weights, device, **_lookup):
         return name, args["width"], weights, device
 
     assert create(**config["model"]) == ("a.B", 2, None, "auto")

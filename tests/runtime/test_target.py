@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ray_tracking.errors import UsageError
-from ray_tracking.runtime.target import load_target
+from ray_tracking.runtime.target import load_target, ship_by_value
 
 
 @pytest.fixture(autouse=True)
@@ -159,3 +160,28 @@ def test_a_file_that_fails_can_be_loaded_after_it_is_mended() -> None:
         load_target("mend.py:train")
     write("mend.py", GOOD)
     assert load_target("mend.py:train").function(1) == 2
+
+
+def test_a_shipped_target_and_its_neighbour_load_where_neither_can_be_imported(tmp_path: Path) -> None:
+    """What Ray sends to a worker: pickled here, called in a process in another folder."""
+    write("ship/neighbour_ship.py", "class Box:\n    value = 5\n")
+    write(
+        "ship/main.py",
+        "from neighbour_ship import Box\nFACTOR = 2\ndef train(run):\n    return run + FACTOR * Box.value\n",
+    )
+    loaded = load_target("ship/main.py:train")
+    ship_by_value(loaded)
+    from ray import cloudpickle
+
+    Path("pickled").write_bytes(cloudpickle.dumps(loaded.function))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    code = "import sys, pickle; from ray import cloudpickle; print(pickle.loads(open(sys.argv[1], 'rb').read())(32))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "pickled")],
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "42\n"

@@ -52,7 +52,7 @@ class MLflowBackend(Backend):
         self, tracking_uri: str | None = None, experiment_name: str | None = None, log_models: bool = False
     ) -> None:
         self._tracking_uri = tracking_uri
-        self._experiment_name = experiment_name or "ray_tracking"
+        self._experiment_name = experiment_name
         self._log_models = log_models
         self._client: MlflowClient
         self._run_id = ""
@@ -91,7 +91,7 @@ class MLflowBackend(Backend):
 
     def _find(self, run: RunInfo, identity: BackendIdentity | None, artifact_location: str | None) -> Any:
         """The run of an earlier open, or a new one. The tag finds a run whose identity was not saved in time."""
-        experiment = self._experiment(artifact_location)
+        experiment = self._experiment(self._experiment_name or run.name, artifact_location)
         if identity is not None and (known := self._get(identity.run_id)):
             return known
         tag = run.run_id.replace("'", "''")
@@ -119,10 +119,9 @@ class MLflowBackend(Backend):
             raise
         return found if found.info.lifecycle_stage == "active" else None
 
-    def _experiment(self, artifact_location: str | None) -> str:
+    def _experiment(self, name: str, artifact_location: str | None) -> str:
         from mlflow.exceptions import MlflowException
 
-        name = self._experiment_name
         found = self._client.get_experiment_by_name(name)
         if found is None:
             try:

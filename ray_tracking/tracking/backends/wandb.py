@@ -46,7 +46,7 @@ class WandbBackend(Backend):
         tags: Sequence[str] | None = None,
         mode: str = "offline",
     ) -> None:
-        self._project = project or "ray-tracking"
+        self._project = project
         self._entity = entity
         self._tags = list(tags or ())
         self._mode = mode
@@ -79,7 +79,7 @@ class WandbBackend(Backend):
             self._run = wandb.init(
                 id=run_id,
                 name=run.name,
-                project=self._project,
+                project=self._project or fitting(run.name, replace=_RUN_ID_REFUSED, limit=128),
                 entity=self._entity,
                 tags=self._shown_tags(),
                 config=dict(run.config),

@@ -1,0 +1,46 @@
+"""What all tests share: an environment of their own, and one Ray cluster."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports ray, wandb or mlflow, and inherited by every process the tests start.
+os.environ.update(
+    {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "WANDB_MODE": "offline",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+)
+for name in ("RAY_ADDRESS", "RAY_TRACKING_ENV", "RAY_TRACKING_STORAGE", "RAY_TRACKING_LOG_LEVEL", "MLFLOW_TRACKING_URI"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty HOME: no login, no settings of whoever runs the tests."""
+    home = tmp_path_factory.mktemp("home")
+    before = os.environ.get("HOME")
+    os.environ["HOME"] = str(home)
+    yield home
+    if before is not None:
+        os.environ["HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(_home: Path) -> Iterator[None]:
+    """A private Ray cluster for the whole session: starting one costs seconds."""
+    import ray
+
+    from ray_tracking.runtime.console import quieten
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=True)
+    quieten()
+    yield
+    ray.shutdown()

@@ -1,0 +1,76 @@
+"""Training functions of the tests: small, deterministic, on data of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from ray_tracking import Run
+
+
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(120, 6, generator=generator)
+    return TensorDataset(x, (x.sum(1, keepdim=True) > 0).float())
+
+
+def regression(run: Run) -> None:
+    """Ten scalars a step; dies once after `params.die_at` steps, by `params.how`."""
+    model = run.prepare(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.1), nn.Linear(8, 1)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    loader = run.loader(data(), batch_size=5)
+    run.restore(model=model, optimizer=optimizer, loader=loader)
+    for _epoch in run.epochs(run.params["epochs"]):
+        for x, y in run.steps(loader):
+            loss = nn.functional.binary_cross_entropy_with_logits(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.log_metrics({"train/loss": loss, **{f"train/m{i}": run.step * 10 + i for i in range(9)}})
+            _die_once(run)
+        run.log_metrics({"val/loss": loss.item() + 1})
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    run.log_text("weights", " ".join(float(w).hex() for w in weights))
+
+
+def _die_once(run: Run) -> None:
+    if run.step != run.params.get("die_at") or run.rank != run.params.get("die_rank", 0):
+        return
+    marker = Path(run.params["marker"])
+    if marker.exists():
+        return
+    time.sleep(1.0)  # until the checkpoint before is written: what is tested is the resume, not the race
+    marker.touch()
+    if run.params["how"] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ValueError("a bug in the training function, with password=hunter2hunter2")
+
+
+def always_fails(run: Run) -> None:
+    run.log_metrics({"train/loss": 1.0}, step=1)
+    raise ValueError("no luck at all")
+
+
+def logs_everything(run: Run) -> None:
+    """Every kind of record, from rank 0; other ranks must not be heard."""
+    run.log_metrics({"rank": run.rank}, step=1)
+    run.log_histogram("h", torch.arange(10.0), step=1)
+    run.log_text("t", "some text", step=1)
+    run.log_image("i", torch.rand(3, 4, 4), step=1)
+    run.log_params({"extra": 5})
+    source = Path(run.params["artifact"])
+    run.log_artifact(source)
+
+
+class NotAFunction:
+    pass
+
+
+def wrong_signature(run: Run, other: Any) -> None: ...
