@@ -66,7 +66,8 @@ def check(scaling: ScalingConfig, storage: Storage) -> None:
 
 def lacking(scaling: ScalingConfig, total: Mapping[str, float]) -> list[str]:
     """What the workers need and the cluster has not, in words."""
-    needed = {name: amount * scaling.workers for name, amount in scaling.resources_per_worker.items()}
+    each = dict(scaling.resources_per_worker) or ({} if scaling.use_gpu else {"CPU": 1.0})  # Ray's own defaults
+    needed = {name: amount * scaling.workers for name, amount in each.items()}
     if scaling.use_gpu:
         needed["GPU"] = max(needed.get("GPU", 0), float(scaling.workers))
     return [

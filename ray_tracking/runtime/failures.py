@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -12,29 +13,39 @@ from ray_tracking.config import redact_text
 
 
 class Reason(NamedTuple):
-    """`summary` is one line that names the rank; `traceback` the user's part of it, "" if there is none."""
+    """`summary` is one line that names the rank; `traceback` the training function's part of it, "" if unknown."""
 
     summary: str
-    traceback: str
+    traceback: str = ""
 
 
-_LOST_PEER = re.compile(r"gloo|NCCL|ncclRemoteError|Connection (reset|closed) by peer|process group", re.IGNORECASE)
-_INTERNAL = re.compile(r'^  File ".*/(ray|ray_tracking)/[^"]*", line \d+.*\n(?:    .*\n)*', re.MULTILINE)
+_NOTE = "Traceback of the training function:\n"
+_LOST_PEER = re.compile(r"gloo|NCCL|Connection (reset|closed) by peer|process group", re.IGNORECASE)
+
+
+def note_traceback(error: Exception) -> None:
+    """Give the exception its traceback as text, which Ray does not carry to the driver. Called on the worker."""
+    below_us = error.__traceback__.tb_next if error.__traceback__ else None
+    error.add_note(_NOTE + "".join(traceback.format_tb(below_us)))
 
 
 def reason_of(error: TrainingFailedError) -> Reason:
-    """The first failed rank's exception, secrets removed."""
+    """The cause of a failed fit, secrets removed."""
     if isinstance(error, WorkerGroupError) and error.worker_failures:
         return reason_of_ranks(error.worker_failures)
-    text = redact_text(str(error)).strip()
-    return Reason(text.splitlines()[-1].strip() if text else type(error).__name__, "")
+    return Reason(_last_line(str(error)) or type(error).__name__)
 
 
 def reason_of_ranks(failures: Mapping[int, Exception]) -> Reason:
     """The exception of the lowest rank that failed by itself; ranks that only lost their peers come last."""
     rank, failure = min(failures.items(), key=lambda item: (bool(_LOST_PEER.search(str(item[1]))), item[0]))
-    text = redact_text(str(failure)).strip()
-    lines = [line for line in text.splitlines() if line.strip()]
-    last = lines[-1].strip() if lines else type(failure).__name__
-    traceback = _INTERNAL.sub("", text + "\n").strip() if len(lines) > 1 else ""
-    return Reason(f"rank {rank}: {last}", traceback)
+    notes = [note.removeprefix(_NOTE) for note in getattr(failure, "__notes__", []) if note.startswith(_NOTE)]
+    kind = type(failure).__name__
+    text = _last_line(str(failure))
+    summary = text if text.startswith(kind) else f"{kind}: {text}" if text else kind
+    return Reason(f"rank {rank}: {summary}", redact_text(notes[0]).rstrip() if notes else "")
+
+
+def _last_line(text: str) -> str:
+    lines = redact_text(text).strip().splitlines()
+    return lines[-1].strip() if lines else ""

@@ -26,7 +26,10 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """A finished run. `metrics`: {key: {last, best}}; `backends`: {name: {state, delivered, pending, location, error}}."""
+    """A finished run.
+
+    `metrics` is {key: {last, best}}, `backends` {name: {state, delivered, pending, location, error}}.
+    """
 
     run_id: str
     status: str

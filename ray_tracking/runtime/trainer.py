@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy, apply_retention
 from ray_tracking.config import Config, get_config, redact
@@ -23,7 +23,8 @@ from ray_tracking.runtime import cluster
 from ray_tracking.runtime.actor import ActorTransport, forwarded_environment, start_actor
 from ray_tracking.runtime.callbacks import NoteFailures
 from ray_tracking.runtime.context import Run
-from ray_tracking.runtime.failures import reason_of
+from ray_tracking.runtime.failures import Reason, reason_of
+from ray_tracking.runtime.interrupts import InterruptibleTrainer, terminate_as_interrupt
 from ray_tracking.runtime.result import Progress, RunResult
 from ray_tracking.runtime.worker import WorkerTask, work
 from ray_tracking.storage import Storage
@@ -120,7 +121,7 @@ class TrainingManager:
 
     def _train(self, task: WorkerTask, directory: Storage, first: int) -> tuple[Status, str, BaseException | None]:
         scaling = self.config.scaling
-        trainer = TorchTrainer(
+        trainer = InterruptibleTrainer(
             work,
             train_loop_config={"task": task},
             scaling_config=ScalingConfig(
@@ -139,18 +140,24 @@ class TrainingManager:
             ),
         )
         try:
-            trainer.fit()
+            with terminate_as_interrupt():
+                trainer.fit()
         except TrainingFailedError as error:
-            reason = reason_of(error)
-            failure = RunFailedError(
-                f"The run {self.run_id} failed: {reason.summary}"
-                + (f"\n\n{reason.traceback}" if reason.traceback else ""),
-                hint=f"What it logged and its checkpoints are kept: `ray-tracking runs show {self.run_id}`.",
-            )
-            return Status.FAILED, reason.summary, failure
+            return self._failed(reason_of(error))
+        except RayError as error:
+            return self._failed(Reason(f"Ray's controller or cluster died: {str(error).strip().splitlines()[0]}"))
         except KeyboardInterrupt as error:
-            return Status.ABORTED, "interrupted by the user", error
+            trainer.abort()
+            return Status.ABORTED, "interrupted", error
         return Status.COMPLETED, "completed", None
+
+    def _failed(self, reason: Reason) -> tuple[Status, str, BaseException]:
+        where = f"\n\n{reason.traceback}\n" if reason.traceback else ""
+        error = RunFailedError(
+            f"The run {self.run_id} failed: {reason.summary}{where}",
+            hint=f"What it logged and its checkpoints are kept: `ray-tracking runs show {self.run_id}`.",
+        )
+        return Status.FAILED, reason.summary, error
 
     def _result(self, directory: Storage, status: Status, report: Mapping[str, Any]) -> RunResult:
         store = CheckpointStore(directory)

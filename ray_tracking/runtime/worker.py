@@ -24,6 +24,7 @@ from ray_tracking.runs.store import RunStore
 from ray_tracking.runtime.actor import ActorTransport
 from ray_tracking.runtime.collective import broadcast
 from ray_tracking.runtime.context import Position, Run
+from ray_tracking.runtime.failures import note_traceback
 from ray_tracking.runtime.saving import Saver
 from ray_tracking.storage import Storage
 from ray_tracking.tracking.base import ExperimentTracker, NoopTracker
@@ -119,6 +120,9 @@ def work(loop_config: Mapping[str, Any]) -> None:
     try:
         task.train(run)
         run.finish()
+    except Exception as error:
+        note_traceback(error)
+        raise
     finally:
         over.set()
         if sender is not None:

@@ -115,9 +115,7 @@ def test_a_completed_run_is_not_written_on(whole: tuple[Path, Any]) -> None:
 
 
 @pytest.mark.parametrize(("how", "rank"), [("kill", 1), ("raise", 0)])
-def test_a_run_that_dies_goes_on_to_the_same_end(
-    whole: tuple[Path, Any], tmp_path: Path, how: str, rank: int
-) -> None:
+def test_a_run_that_dies_goes_on_to_the_same_end(whole: tuple[Path, Any], tmp_path: Path, how: str, rank: int) -> None:
     """Killed in the middle of an epoch, between two checkpoints: same weights bit for bit, same curve."""
     params = {"die_at": 19, "die_rank": rank, "how": how, "marker": str(tmp_path / "died")}
     backends = {"experiment_tracking.tensorboard.enabled": True} if how == "kill" else {}
