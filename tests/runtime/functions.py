@@ -74,3 +74,12 @@ class NotAFunction:
 
 
 def wrong_signature(run: Run, other: Any) -> None: ...
+
+
+def forever(run: Run) -> None:
+    """Logs a step every 50 ms until it is ended from outside; says on disk that it has begun."""
+    for step in range(1, 100_000):
+        run.log_metrics({"train/loss": 1.0 / step}, step=step)
+        time.sleep(0.05)
+        if step == 20:
+            Path(run.params["marker"]).touch()
