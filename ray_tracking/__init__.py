@@ -82,6 +82,10 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if home.startswith("runtime"):
+        from ray_tracking.extras import require
+
+        require("ray", "ray", "torch")
     value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
     return value
 

@@ -18,6 +18,7 @@ from ray_tracking.cli.options import (
     load_config,
     overrides_of,
 )
+from ray_tracking.extras import require
 
 if TYPE_CHECKING:
     from ray_tracking.config import Config
@@ -36,6 +37,7 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train TARGET, a function that takes a `run`, on Ray workers."""
+    require("ray", "ray", "torch")
     resolved = load_config(config, env, overrides_of(settings, storage))
     _run(target, resolved, run_id, address, debug)
 
@@ -53,6 +55,7 @@ def demo(
 
     The demo brings its own settings; a file given with -c takes their place.
     """
+    require("all", "ray", "torch", "sklearn")
     overrides = overrides_of(settings, storage)
     resolved = load_config(config, env, overrides)
     if config is None:

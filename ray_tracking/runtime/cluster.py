@@ -42,9 +42,18 @@ def connect(address: str | None, scaling: ScalingConfig) -> bool:
             f"No Ray cluster answers at {where!r}: {str(error).strip().splitlines()[0]}",
             hint="Start one (`ray start --head`), give another --address, or leave it out for a private local cluster.",
         ) from error
+    if where == "local":
+        _keep_token_private()
     if not is_debug():
         quieten()
     return True
+
+
+def _keep_token_private() -> None:
+    """Ray writes the token of a new cluster readable for everybody."""
+    token = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    if os.path.isfile(token) and os.stat(token).st_uid == os.getuid():
+        os.chmod(token, 0o600)
 
 
 def check(scaling: ScalingConfig, storage: Storage) -> None:

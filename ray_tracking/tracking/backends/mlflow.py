@@ -26,6 +26,7 @@ log = get_logger()
 
 _RUN_TAG = "ray_tracking.run_id"
 _STATUS = {"completed": "FINISHED", "failed": "FAILED"}  # all others: KILLED
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # its pages open on runs, not on LLM traces
 _DEFAULTS = {
     # Delivery retries, with patience; the client's own two minutes and seven retries would only hide the failure.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
@@ -125,7 +126,9 @@ class MLflowBackend(Backend):
         found = self._client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(self._client.create_experiment(name, artifact_location=artifact_location))
+                return str(
+                    self._client.create_experiment(name, artifact_location=artifact_location, tags=_EXPERIMENT_TAGS)
+                )
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # made by another run a moment ago
                     raise
