@@ -23,7 +23,12 @@ class Kind(StrEnum):
     PARAM = "param"  # data = the value as JSON
     TAG = "tag"  # data = UTF-8
     ARTIFACT = "artifact"  # data = Artifact as JSON; the file lies under artifacts/
+    RANK_SCALAR = "rank_scalar"  # value = the number; every rank's own, shown as mean, min and max over the ranks
     ATTEMPT = "attempt"  # a new attempt begins; step = the step it resumed from, -1 for a fresh start
+
+
+NUMERIC = frozenset({Kind.SCALAR, Kind.RANK_SCALAR})
+"""The kinds whose records carry a `value`; those of all others but ATTEMPT carry `data`."""
 
 
 class Record(NamedTuple):
@@ -62,9 +67,9 @@ class Event(NamedTuple):
 def records_of(event: Event, *, rank: int, attempt: int) -> Iterator[Record]:
     """The journal rows of one log call, in the order of its keys."""
     kind = Kind(event.kind)
-    scalar = kind is Kind.SCALAR
+    numeric = kind in NUMERIC
     for key, value in event.payload.items():
-        number, data = (_float(value), None) if scalar else (None, value)
+        number, data = (_float(value), None) if numeric else (None, value)
         yield Record(kind, _text(key), event.step, event.time, number, data, rank, attempt, event.seq)
 
 

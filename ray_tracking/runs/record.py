@@ -68,22 +68,20 @@ class RunRecord:
         """Raises RayTrackingError naming `source` if it is no run.json, or one of a newer schema."""
         try:
             values = json.loads(data)
-            schema = values["schema"]
-        except (ValueError, KeyError, TypeError) as error:
+            if int(values["schema"]) > SCHEMA:
+                raise RayTrackingError(
+                    f"{source} was written by a newer version "
+                    f"(schema {values['schema']}; this one reads up to {SCHEMA}).",
+                    hint="Upgrade ray-tracking.",
+                )
+            values["status"] = Status(values["status"])
+            values["attempts"] = tuple(Attempt(**_known(Attempt, attempt)) for attempt in values["attempts"])
+            return cls(**_known(cls, values))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RayTrackingError(
                 f"{source} is damaged: {type(error).__name__}: {error}",
                 hint="Restore the file from a backup, or move the run's folder away.",
             ) from error
-        if schema > SCHEMA:
-            raise RayTrackingError(
-                f"{source} was written by a newer version (schema {schema}; this one reads up to {SCHEMA}).",
-                hint="Upgrade ray-tracking.",
-            )
-        known = {f.name for f in fields(cls)}
-        values = {key: value for key, value in values.items() if key in known}
-        values["status"] = Status(values["status"])
-        values["attempts"] = tuple(Attempt(**attempt) for attempt in values["attempts"])
-        return cls(**values)
 
     def begin_attempt(self, now: float, world_size: int) -> RunRecord:
         """The record with one more attempt; an attempt still open is ended as interrupted."""
@@ -113,3 +111,9 @@ class RunRecord:
             for attempt in self.attempts
         )
         return replace(self, attempts=attempts)
+
+
+def _known(kind: type[Attempt] | type[RunRecord], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Only the fields that this version has."""
+    names = {f.name for f in fields(kind)}
+    return {key: value for key, value in values.items() if key in names}

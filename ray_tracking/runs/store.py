@@ -28,7 +28,7 @@ def default_storage() -> str:
 def new_run_id(name: str) -> str:
     """`<name>-<date>-<time>-<random>`, sorted by time for one name; unsafe characters of the name become `-`."""
     slug = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:60] or "run"
-    return f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return f"{slug}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
 
 
 def check_run_id(run_id: str) -> str:
@@ -70,5 +70,13 @@ class RunStore:
     def ids(self) -> Iterator[str]:
         """The ids of all runs, sorted by name."""
         for entry in self.storage.list():
-            if entry.is_dir and entry.name not in RESERVED and self.storage.exists(f"{entry.name}/{_RECORD}"):
+            if entry.is_dir and _may_be_run(entry.name) and self.storage.exists(f"{entry.name}/{_RECORD}"):
                 yield entry.name
+
+
+def _may_be_run(name: str) -> bool:
+    """Whether a folder can be a run's; others, such as .ipynb_checkpoints, are none of ours."""
+    try:
+        return bool(check_run_id(name))
+    except NameRefusedError:
+        return False

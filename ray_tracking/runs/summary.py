@@ -6,12 +6,17 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_tracking.records import Kind, Record
 from ray_tracking.storage import Storage
 
+if TYPE_CHECKING:
+    import pyarrow
+
 _FILE = "summary.json"
+_STEPPED = frozenset({Kind.SCALAR, Kind.HISTOGRAM, Kind.TEXT, Kind.IMAGE, Kind.RANK_SCALAR})
+"""The kinds whose step says how far the run has come."""
 _HIGHER_IS_BETTER = (
     "acc", "f1", "auc", "precision", "recall", "score", "reward", "return", "r2", "iou", "map", "bleu",
     "rouge", "throughput", "per_sec", "samples_s", "psnr", "ssim",
@@ -55,9 +60,13 @@ class Summary:
             if record.offset < self.offset:
                 continue
             self.offset = record.offset + 1
-            if record.kind is not Kind.SCALAR or record.value is None:
+            if record.kind is Kind.ATTEMPT and record.attempt > 1:
+                self.last_step = min(self.last_step, max(record.step, 0))
+            if record.kind not in _STEPPED:
                 continue
             self.last_step = max(self.last_step, record.step)
+            if record.kind is not Kind.SCALAR or record.value is None:
+                continue
             metric = self.metrics.get(record.key)
             if metric is None:
                 metric = self.metrics[record.key] = MetricSummary(record.value, record.step)
@@ -66,6 +75,23 @@ class Summary:
             if math.isfinite(record.value):
                 metric.least = record.value if metric.least is None else min(metric.least, record.value)
                 metric.greatest = record.value if metric.greatest is None else max(metric.greatest, record.value)
+
+    def replace_metrics(self, effective: pyarrow.Table) -> None:
+        """Take the metrics from the effective history (`JournalReader.effective`) instead."""
+        import pyarrow.compute as pc
+
+        finite = pc.if_else(pc.is_finite(effective["value"]), effective["value"], None)
+        found = (
+            effective.append_column("finite", finite)
+            .group_by("key", use_threads=False)
+            .aggregate([("value", "last"), ("step", "last"), ("finite", "min"), ("finite", "max"), ("value", "count")])
+        )
+        self.metrics = {
+            row["key"]: MetricSummary(
+                row["value_last"], row["step_last"], row["finite_min"], row["finite_max"], row["value_count"]
+            )
+            for row in found.to_pylist()
+        }
 
     def best(self, monitor: str | None, mode: str) -> dict[str, dict[str, float | None]]:
         """`{key: {last, best}}`, best by `better_mode`."""
@@ -77,7 +103,8 @@ class Summary:
             for key, metric in self.metrics.items()
         }
 
-    def save(self, run: Storage) -> None:
+    def encode(self) -> bytes:
+        """The whole as JSON."""
         metrics = {key: [m.last, m.last_step, m.least, m.greatest, m.count] for key, m in self.metrics.items()}
         document: Mapping[str, Any] = {
             "offset": self.offset,
@@ -85,7 +112,15 @@ class Summary:
             "updated": self.updated,
             "metrics": metrics,
         }
-        run.write_bytes(_FILE, json.dumps(document).encode())
+        return json.dumps(document).encode()
+
+    @staticmethod
+    def write(run: Storage, document: bytes) -> None:
+        """Save what `encode` made: apart, so that no lock need be held while the storage writes."""
+        run.write_bytes(_FILE, document)
+
+    def save(self, run: Storage) -> None:
+        self.write(run, self.encode())
 
     @classmethod
     def load(cls, run: Storage) -> Summary:
@@ -94,5 +129,5 @@ class Summary:
             document = json.loads(run.read_bytes(_FILE))
             metrics = {key: MetricSummary(*values) for key, values in document["metrics"].items()}
             return cls(document["offset"], document["last_step"], document["updated"], metrics)
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return cls()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from ray_tracking.config import ExperimentTrackingConfig, redact, section
-from ray_tracking.errors import RayTrackingError, UsageError
-from ray_tracking.log import configure, get_logger
+from ray_tracking.errors import RayTrackingError, RefusedError, UsageError
+from ray_tracking.log import configure_once, get_logger, is_json, level_name
 from ray_tracking.runs.store import check_run_id, default_storage, new_run_id
 from ray_tracking.storage import Storage
 from ray_tracking.tracking.base import ExperimentTracker
@@ -23,24 +22,26 @@ from ray_tracking.tracking.transport import TransportError
 
 log = get_logger()
 
+_CLOSE_SECONDS = 120.0
+"""How long the tracker may take to compact the journal, after the time it gives the backends."""
 _STATUSES = ("completed", "failed", "aborted")
 
 
 class _Steps:
-    """Counts log_metrics calls that name no step: reading `step` goes on to the next one."""
+    """The steps of log calls that name none: metrics go one step on from the last ones, all else to their step."""
 
     def __init__(self, last: int, sender: Sender) -> None:
-        self._last = last
+        self._before = last
         self._sender = sender
 
     @property
     def step(self) -> int:
-        self._last += 1
-        return self._last
+        return self.here + 1
 
     @property
     def here(self) -> int:
-        return self._sender.last_step()
+        last = self._sender.last_step()
+        return self._before if last is None else last
 
 
 class CompositeTracker(ExperimentTracker):
@@ -62,6 +63,9 @@ class CompositeTracker(ExperimentTracker):
         self._sender: Sender | None = None
         self._transport: ChildTransport | None = None
         self._logger: RunLogger | None = None
+        self._ended = False
+        self._process = os.getpid()
+        self._earlier_error: BaseException | None = None
 
     def init_experiment(
         self,
@@ -75,10 +79,10 @@ class CompositeTracker(ExperimentTracker):
                 f"This tracker already logs the run {self.run_id!r}.",
                 hint="Call finalize_experiment() first, or make another tracker.",
             )
-        configure()
+        run_id = check_run_id(run_id or new_run_id(name))
+        configure_once()
         storage = Storage.open(self._storage)
         storage.probe()
-        run_id = check_run_id(run_id or new_run_id(name))
         spec = TrackerSpec(
             run_id,
             name,
@@ -88,19 +92,37 @@ class CompositeTracker(ExperimentTracker):
             config=redact(dict(config or {})),
             tags=redact(dict(tags or {})),
             entrypoint=sys.argv[0] or None,
+            log_level=level_name(),
+            log_json=is_json(),
         )
-        transport = ChildTransport(spec)
+        try:
+            transport = ChildTransport(spec)
+            try:
+                self._begin(transport, spec, storage)
+            except BaseException:
+                transport.close()
+                raise
+        except TransportError as error:
+            raise RayTrackingError(
+                f"The run {run_id!r} can't be tracked: {error}",
+                hint="What the tracker process wrote on stderr before says why.",
+            ) from error
+        atexit.register(self._at_exit)
+        return run_id
+
+    def _begin(self, transport: ChildTransport, spec: TrackerSpec, storage: Storage) -> None:
         resumed_from = self._resumed_from(transport)
         sender = Sender(transport, rank=0, attempt=transport.call("begin_attempt", 1))
-        logger = RunLogger(sender, _Steps(resumed_from, sender), storage.child(run_id, "artifacts"))
+        logger = RunLogger(sender, _Steps(max(resumed_from, 0), sender), storage.child(spec.run_id, "artifacts"))
         logger.begin_attempt(resumed_from)
         logger.log_params(_flat(spec.config))
         logger.log_tags(spec.tags)
-        self.run_id, self._transport, self._sender, self._logger = run_id, transport, sender, logger
+        self._process = os.getpid()
+        self._earlier_error = getattr(sys, "last_value", None)
+        self._ended = False
+        self.run_id, self._transport, self._sender, self._logger = spec.run_id, transport, sender, logger
         # The instance's attribute hides the method below: the hot path has no layer of its own.
         self.log_metrics = logger.log_metrics  # type: ignore[method-assign]
-        atexit.register(self._at_exit)
-        return run_id
 
     @staticmethod
     def _resumed_from(transport: ChildTransport) -> int:
@@ -110,11 +132,12 @@ class CompositeTracker(ExperimentTracker):
 
     def _live(self) -> RunLogger:
         if self._logger is None:
-            raise UsageError("The tracker logs no run yet.", hint='Call init_experiment("name") first.')
+            state = "has ended its run" if self._ended else "logs no run yet"
+            raise UsageError(f"The tracker {state}.", hint='Call init_experiment("name") before you log.')
         return self._logger
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        self._live()
+        self._live().log_metrics(metrics, step)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         self._live().log_params(params)
@@ -139,16 +162,23 @@ class CompositeTracker(ExperimentTracker):
     def finalize_experiment(self, status: str = "completed") -> None:
         if status not in _STATUSES:
             raise UsageError(f"No such status: {status!r}.", hint=f"Allowed: {', '.join(_STATUSES)}.")
-        self._live()
-        self._finish(status, "finalize_experiment()")
+        if not self._ended:  # again, in a `finally` say, it changes nothing
+            self._live()
+            self._finish(status, "finalize_experiment()")
 
     def _finish(self, status: str, reason: str) -> None:
         assert self._sender is not None
         assert self._transport is not None
         atexit.unregister(self._at_exit)
-        self._sender.close()
-        report = self._close_service(status, reason)
-        self._transport.close()
+        sender, transport = self._sender, self._transport
+        self.run_id = self._sender = self._transport = self._logger = None
+        self._ended = True
+        del self.log_metrics
+        try:
+            sender.close()
+            report = self._close_service(transport, status, reason)
+        finally:
+            transport.close()
         for name, backend in (report.get("backends") or {}).items():
             if backend["pending"]:
                 log.warning(
@@ -157,29 +187,40 @@ class CompositeTracker(ExperimentTracker):
                     pending=backend["pending"],
                     why=backend["error"],
                 )
-        self.run_id = self._sender = self._transport = self._logger = None
-        del self.log_metrics
 
-    def _close_service(self, status: str, reason: str) -> dict[str, Any]:
-        assert self._transport is not None
-        for pause in (0.5, 0.0):  # once more if the tracker process has just died: it starts anew
+    def _close_service(self, transport: ChildTransport, status: str, reason: str) -> dict[str, Any]:
+        timeout = self.config.delivery.final_secs + _CLOSE_SECONDS
+        for again in (True, False):  # once more if the tracker process has just died: it starts anew
             try:
-                return dict(self._transport.call("close", status, reason))
+                return dict(transport.call("close", status, reason, timeout=timeout))
+            except RefusedError:
+                return {}  # it had closed the run just before it died
             except TransportError as error:
-                log.warning("the tracker process failed at the end of the run", error=str(error))
-                time.sleep(pause)
+                log.warning("the tracker process failed at the end of the run", error=str(error), tried_again=again)
         return {}
 
     def _at_exit(self) -> None:
-        """The script ended without finalize_experiment(): `failed` if by an exception, else `completed`."""
+        """The script ended without finalize_experiment(): `failed` if by an exception, else `completed`.
+
+        What sys.exit() was given is not known here; a script that ends so after a failure should say
+        finalize_experiment("failed") itself.
+        """
+        if os.getpid() != self._process:
+            return  # a fork of the script: the run is not its own
         error = getattr(sys, "last_value", None)
         try:
-            if error is None:
+            if error is None or error is self._earlier_error:
                 self._finish("completed", "the script ended")
+            elif isinstance(error, KeyboardInterrupt):
+                self._finish("aborted", "KeyboardInterrupt")
             else:
-                self._finish("failed", f"{type(error).__name__}: {error}")
+                self._finish("failed", _first_line(error))
         except RayTrackingError as failure:
             log.error("the run could not be ended in order", error=str(failure))
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

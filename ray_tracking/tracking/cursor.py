@@ -6,7 +6,10 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 
+from ray_tracking.log import get_logger
 from ray_tracking.storage import Storage
+
+log = get_logger()
 
 FOLDER = "cursors"
 
@@ -44,14 +47,26 @@ class Cursor:
 
     @classmethod
     def load(cls, run: Storage, backend: str) -> Cursor:
-        """The saved cursor, or a new one at the journal's beginning."""
+        """The saved cursor; a new one at the journal's beginning if there is none or, loudly, if it is damaged."""
+        name = f"{FOLDER}/{backend}.json"
         try:
-            values = json.loads(run.read_bytes(f"{FOLDER}/{backend}.json"))
+            values = json.loads(run.read_bytes(name))
+            known = {f.name for f in fields(cls)}
+            values = {key: value for key, value in values.items() if key in known}
+            cursor = cls(**{**values, "backend": backend, "state": BackendState(values["state"])})
+            if not all(type(n) is int and n >= 0 for n in (cursor.offset, cursor.delivered, cursor.dropped)):
+                raise ValueError("an offset or count is no whole number")
         except FileNotFoundError:
             return cls(backend)
-        known = {f.name for f in fields(cls)}
-        values = {key: value for key, value in values.items() if key in known}
-        return cls(**{**values, "backend": backend, "state": BackendState(values["state"])})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning(
+                "cursor damaged; the backend is filled from the journal's beginning",
+                backend=backend,
+                path=run.path(name),
+                error=f"{type(error).__name__}: {error}",
+            )
+            return cls(backend)
+        return cursor
 
     @classmethod
     def load_all(cls, run: Storage) -> list[Cursor]:

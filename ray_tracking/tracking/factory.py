@@ -54,7 +54,8 @@ def create_backends(config: Any) -> list[Backend | UnavailableBackend]:
         options = _options(config, name)
         if not options.pop("enabled", False):
             continue
-        if find_spec(name) is None:
+        spec = find_spec(name)
+        if spec is None or spec.origin is None:  # no origin: just a folder of that name, such as W&B's own ./wandb
             reason = f"The package {name} is not installed."
             made.append(UnavailableBackend(name, reason, f'pip install "ray-tracking[{name}]"'))
         else:

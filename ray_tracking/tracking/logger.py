@@ -21,6 +21,8 @@ class RunLogger:
 
     def __init__(self, sender: Sender, clock: Clock, artifacts: Storage) -> None:
         self.log_metrics = sender.metrics_logger(clock)
+        self.log_rank_metrics = sender.metrics_logger(clock, Kind.RANK_SCALAR)
+        """Numbers of this rank, which every rank logs: `key/mean`, `key/min` and `key/max` over the ranks are shown."""
         self._sender = sender
         self._clock = clock
         self._artifacts = artifacts

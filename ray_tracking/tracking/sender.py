@@ -9,11 +9,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from operator import index
 from typing import Any, Protocol
 
 from ray_tracking.errors import MetricError
 from ray_tracking.log import get_logger
-from ray_tracking.records import Kind
+from ray_tracking.records import NUMERIC, Kind
 from ray_tracking.tracking import values
 from ray_tracking.tracking.outbox import Batch, Outbox
 from ray_tracking.tracking.transport import Transport, TransportError, pack
@@ -21,7 +22,14 @@ from ray_tracking.tracking.transport import Transport, TransportError, pack
 log = get_logger()
 
 _BATCH_EVENTS = 4000
+_BATCH_BYTES = 4 << 20
+"""About how large a batch grows; one event may exceed it."""
+_NUMBER_BYTES = 24
 _RETRY_SECONDS = (0.1, 0.3, 1.0, 3.0)
+_NUMERIC = frozenset(kind.value for kind in NUMERIC)
+
+_Raw = tuple[str, Any, float, dict[Any, Any]]
+"""A log call as it waits: kind, step, time, payload."""
 
 
 class Clock(Protocol):
@@ -59,25 +67,25 @@ class Sender:
         """Events that could not be packed; counted and said, never silent."""
         self._transport = transport
         self._interval = interval
-        self._events: deque[tuple[Any, ...]] = deque()
+        self._events: deque[_Raw] = deque()
         self._outbox = Outbox(memory_limit)
         self._packed = 0
         self._acknowledged = 0
         self._failure: str | None = None
-        self._latest: dict[str, Any] = {}
-        self._last_step = 0
-        self._closing = False
+        self._latest: dict[Any, Any] = {}
+        self._last_step: int | None = None
         self._pump_lock = threading.Lock()
-        self._wake = threading.Event()
+        self._pump_ends = threading.Event()
+        self._courier_ends = threading.Event()
         self._state = threading.Condition()
-        self._threads = [
-            threading.Thread(target=self._pump, name="ray-tracking-pump", daemon=True),
-            threading.Thread(target=self._carry, name="ray-tracking-courier", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._closing = threading.Lock()
+        self._unsent: int | None = None
+        self._pumper = threading.Thread(target=self._pump, name="ray-tracking-pump", daemon=True)
+        self._courier = threading.Thread(target=self._carry, name="ray-tracking-courier", daemon=True)
+        self._pumper.start()
+        self._courier.start()
 
-    def metrics_logger(self, clock: Clock) -> LogMetrics:
+    def metrics_logger(self, clock: Clock, kind: Kind = Kind.SCALAR) -> LogMetrics:
         """The function behind `log_metrics(metrics, step=None)`: the hot path.
 
         A closure, not a method, and the sum of all values as the test for "plain numbers only": each measured
@@ -86,22 +94,24 @@ class Sender:
         """
         append = self._events.append
         now = time.time
+        name = kind.value
 
         def log_metrics(metrics: dict[str, Any], step: int | None = None) -> None:
             try:
                 if sum(metrics.values()).__class__ is float:
-                    append(("scalar", clock.step if step is None else step, now(), metrics.copy()))
+                    copied = metrics.copy()
+                    append((name, clock.step if step is None else index(step), now(), copied))
                     return
             except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError):
                 pass  # not plain numbers: the careful way below says what is wrong, if anything
             if numbers := values.scalars(metrics, defer_gpu=True):
-                append(("scalar", clock.step if step is None else step, now(), numbers))
+                append((name, clock.step if step is None else values.step(step), now(), numbers))
 
         return log_metrics
 
     def put(self, kind: Kind, step: int, payload: dict[str, Any]) -> None:
-        """Log anything but scalars: `payload` is {key: bytes}."""
-        self._events.append((kind.value, step, time.time(), payload))
+        """Log anything but numbers: `payload` is {key: bytes}. Raises MetricError for a step that is none."""
+        self._events.append((kind.value, values.step(step), time.time(), payload))
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all that was logged before this call is durable. False if the time ran out."""
@@ -116,100 +126,132 @@ class Sender:
         with self._pump_lock:
             return values.scalars(self._latest)
 
-    def last_step(self) -> int:
-        """The step of the last metrics logged, 0 before any."""
+    def last_step(self) -> int | None:
+        """The step of the last metrics logged, None before any."""
+        try:
+            kind, step, _, _ = self._events[-1]
+            if kind == Kind.SCALAR:  # in a plain script every call without a step comes here: no packing then
+                return int(step)
+        except IndexError:
+            pass
         self._take()
-        with self._pump_lock:
-            return int(self._last_step)
+        return self._last_step
 
     def close(self, timeout: float = 30.0) -> int:
-        """Flush, then end the threads. Returns how many events were not acknowledged in time."""
-        self.flush(timeout)
-        self._closing = True
-        self._wake.set()
-        with self._state:
-            self._state.notify_all()
-        for thread in self._threads:
-            thread.join(1.0)
-        unsent = self._outbox.events
-        if unsent:
-            log.error(
-                "tracking records lost: the tracker did not take them in time",
-                events=unsent,
-                rank=self.rank,
-                waited_seconds=timeout,
-                last_error=self._failure,
-            )
-        return unsent
+        """Flush, then end the threads. Returns how many events were not acknowledged in time. May be repeated."""
+        with self._closing:
+            if self._unsent is None:
+                self._pump_ends.set()
+                self.flush(timeout)
+                self._courier_ends.set()
+                with self._state:
+                    self._state.notify_all()
+                self._courier.join(1.0)
+                self._unsent = self._outbox.events + len(self._events)
+                if self._unsent:
+                    log.error(
+                        "tracking records lost: the tracker did not take them in time",
+                        events=self._unsent,
+                        rank=self.rank,
+                        waited_seconds=timeout,
+                        last_error=self._failure,
+                    )
+            return self._unsent
+
+    # --- the pump: packs --------------------------------------------------------------------------------------
 
     def _pump(self) -> None:
-        while not self._wake.wait(self._interval):
+        while not self._pump_ends.wait(self._interval):
             self._take()
 
     def _take(self) -> None:
         """Move what was logged into the outbox, packed."""
         with self._pump_lock:
             count = len(self._events)
-            while count:
-                batch = [self._events.popleft() for _ in range(min(count, _BATCH_EVENTS))]
+            while count > 0:
+                batch = self._gather(count)
                 count -= len(batch)
-                for kind, step, _, payload in batch:
-                    if kind == "scalar":
-                        self._latest.update(payload)
-                        self._last_step = step
                 first = self._packed + 1
                 data, packed = self._pack(batch, first)
-                if packed:
-                    self._packed += packed
-                    self._outbox.put(Batch(first, self._packed, data))
-                    with self._state:
-                        self._state.notify_all()
+                if not packed:
+                    continue
+                for kind, step, _, payload in packed:
+                    if kind == Kind.SCALAR:
+                        self._latest.update(payload)
+                        self._last_step = step
+                self._outbox.put(Batch(first, first + len(packed) - 1, data))
+                with self._state:
+                    self._packed += len(packed)
+                    self._state.notify_all()
 
-    def _pack(self, events: list[tuple[Any, ...]], first: int) -> tuple[bytes, int]:
-        numbered = [(first + i, *event) for i, event in enumerate(events)]
-        try:
-            return pack(numbered), len(numbered)
-        except ValueError:  # some value is not plain: a tensor left on its device, a Fraction
-            plain = [event for event in map(self._plain, events) if event is not None]
-            return pack([(first + i, *event) for i, event in enumerate(plain)]), len(plain)
+    def _gather(self, most: int) -> list[_Raw]:
+        """The oldest events, as many as make a batch."""
+        batch: list[_Raw] = []
+        size = 0
+        while len(batch) < min(most, _BATCH_EVENTS) and size < _BATCH_BYTES:
+            event = self._events.popleft()
+            batch.append(event)
+            payload = event[3]
+            size += len(payload) * _NUMBER_BYTES if event[0] in _NUMERIC else sum(map(len, payload.values()))
+        return batch
 
-    def _plain(self, event: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _pack(self, events: list[_Raw], first: int) -> tuple[bytes, list[_Raw]]:
+        """The batch, and which events are in it."""
+        if all(values.is_step(event[1]) for event in events):
+            try:
+                return pack([(first + i, *event) for i, event in enumerate(events)]), events
+            except ValueError:  # some value is not plain: a tensor left on its device, a Fraction
+                pass
+        plain = [event for event in map(self._plain, events) if event is not None]
+        return pack([(first + i, *event) for i, event in enumerate(plain)]), plain
+
+    def _plain(self, event: _Raw) -> _Raw | None:
         kind, step, when, payload = event
         try:
-            numbers = values.scalars(payload) if kind == Kind.SCALAR else payload
-            plain = (kind, int(step), when, {str(key): value for key, value in numbers.items()})
+            numbers = values.scalars(payload) if kind in _NUMERIC else payload
+            plain = (kind, values.step(step), when, {str(key): value for key, value in numbers.items()})
             pack([plain])
-        except (MetricError, ValueError, TypeError) as error:
+        except Exception as error:  # noqa: BLE001 - a value is the user's own object: reading it may raise anything
             self.rejected += 1
-            log.error("a log call could not be sent", error=str(error), rejected=self.rejected)
+            reason = error.message if isinstance(error, MetricError) else f"{type(error).__name__}: {error}"
+            log.error(
+                "a log call could not be sent", error=reason, keys=list(payload)[:5], rejected_so_far=self.rejected
+            )
             return None
         return plain
+
+    # --- the courier: sends -----------------------------------------------------------------------------------
 
     def _carry(self) -> None:
         failures = 0
         while True:
             with self._state:
-                self._state.wait_for(lambda: self._closing or len(self._outbox) > 0)
-            batch = self._outbox.peek()
-            if batch is None:
-                if self._closing:
-                    return
-                continue
+                self._state.wait_for(lambda: self._courier_ends.is_set() or len(self._outbox) > 0)
             try:
-                acknowledged = self._transport.append(self.rank, self.attempt, batch.data)
-            except TransportError as error:
-                if self._closing:
+                batch = self._outbox.peek()
+                if batch is None:
+                    if self._courier_ends.is_set():
+                        return
+                    continue
+                self._deliver(batch)
+            except Exception as error:  # noqa: BLE001 - this thread must outlive whatever a transport raises
+                self._failure = str(error) or type(error).__name__
+                if self._courier_ends.is_set():
                     return
                 if failures == 0:
-                    log.warning("the tracker does not answer; records are kept", error=str(error))
-                self._failure = str(error)
-                time.sleep(_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)])
+                    log.warning("the tracker does not take records; they are kept and sent again", error=self._failure)
+                self._courier_ends.wait(_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)])
                 failures += 1
                 continue
             if failures:
-                log.info("the tracker answers again", attempts=failures)
+                log.info("the tracker takes records again", tries=failures + 1)
                 failures = 0
-            self._outbox.acknowledge(acknowledged)
-            with self._state:
-                self._acknowledged = max(self._acknowledged, acknowledged)
-                self._state.notify_all()
+
+    def _deliver(self, batch: Batch) -> None:
+        acknowledged = self._transport.append(self.rank, self.attempt, batch.data)
+        self._outbox.acknowledge(acknowledged)
+        with self._state:
+            self._acknowledged = max(self._acknowledged, acknowledged)
+            self._state.notify_all()
+        if acknowledged < batch.last:
+            raise TransportError(f"only {acknowledged} of {batch.last} log calls are journaled")

@@ -10,15 +10,17 @@ import importlib.metadata
 import platform
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ray_tracking.config import ExperimentTrackingConfig, section
-from ray_tracking.errors import RefusedError, StorageError
+from ray_tracking.errors import RayTrackingError, RefusedError, StorageError
 from ray_tracking.journal.reader import JournalReader
 from ray_tracking.journal.writer import JournalWriter
 from ray_tracking.log import bind, get_logger
-from ray_tracking.records import Kind, Record, records_of
+from ray_tracking.records import Kind, Record
 from ray_tracking.runs.record import RunRecord, Status
 from ray_tracking.runs.store import RunStore
 from ray_tracking.runs.summary import Summary
@@ -27,35 +29,20 @@ from ray_tracking.tracking.backends.base import Backend, RunInfo
 from ray_tracking.tracking.cursor import BackendState, Cursor
 from ray_tracking.tracking.delivery import Delivery
 from ray_tracking.tracking.factory import create_backends
+from ray_tracking.tracking.intake import Intake
+from ray_tracking.tracking.reduce import RankReducer, unreduced
 from ray_tracking.tracking.spec import TrackerSpec
 from ray_tracking.tracking.tail import Tail
-from ray_tracking.tracking.transport import unpack
 
 log = get_logger()
 
 _SUMMARY_SECONDS = 5.0
+_KEEPER_SECONDS = 10.0
 _VERSIONS_OF = ("ray-tracking", "ray", "torch", "numpy", "pyarrow", "tensorboard", "wandb", "mlflow")
 
 
-@dataclass(slots=True)
-class _Ticket:
-    """One batch waiting for the next commit."""
-
-    rank: int
-    attempt: int
-    records: list[Record]
-    done: bool = False
-    error: StorageError | None = None
-
-
-@dataclass(slots=True)
-class _Pending:
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    tickets: list[_Ticket] = field(default_factory=list)
-
-
 class TrackerService:
-    """See the module. Raises RefusedError if the run has ended and `reopen` is not set."""
+    """See the module. Raises RefusedError if the run is completed, StorageError if the storage does not take it."""
 
     def __init__(self, spec: TrackerSpec) -> None:
         self.spec = spec
@@ -68,12 +55,16 @@ class TrackerService:
         self._writer = JournalWriter(self._directory, attempt)
         self._summary = Summary.load(self._directory)
         self._catch_up_summary()
-        self._seqs: dict[tuple[int, int], int] = {}
-        self._pending = _Pending()
-        self._committing = threading.Lock()
+        self._summarising = threading.Lock()
         self._recording = threading.Lock()
-        self._tail = Tail(JournalReader(self._directory), self._writer.next_offset)
+        self._record_unsaved = False
+        self._tail = Tail(self._writer.next_offset)
+        self._intake = Intake(self._writer, self._written)
+        self._reducer, whole = self._gather_ranks()
+        self._intake.add(whole)
         self._closing = threading.Event()
+        self._close_lock = threading.Lock()
+        self._closed = False
         self._progress: dict[str, Any] = {}
         self._stop_requested = False
         self._tracking = section(ExperimentTrackingConfig, spec.tracking)
@@ -86,9 +77,12 @@ class TrackerService:
     def begin_attempt(self, world_size: int) -> int:
         """A worker group has started: its attempt number."""
         with self._recording:
-            self._record = self._record.begin_attempt(time.time(), world_size)
-            self._runs.save(self._record)
-            number = self._record.attempts[-1].number
+            record = self._record.begin_attempt(time.time(), world_size)
+            self._runs.save(record)  # if this raises, no attempt has begun
+            self._record = record
+            number = record.attempts[-1].number
+        self._intake.add(self._reducer.drain())  # of the attempt before: its ranks send no more
+        self._reducer = RankReducer(number, world_size)
         self._writer.begin_attempt(number)
         bind(attempt=number)
         if number > 1:
@@ -98,72 +92,46 @@ class TrackerService:
     def end_attempt(self, reason: str) -> None:
         """The workers have failed, for this reason; whether they are started again is not known yet."""
         log.warning("the workers failed", reason=reason)
-        with self._recording:
-            self._record = self._record.end_attempt(time.time(), reason)
-            self._runs.save(self._record)
+        self._change_record(lambda record: record.end_attempt(time.time(), reason))
 
     # --- records --------------------------------------------------------------------------------------------
 
     def append(self, rank: int, attempt: int, batch: bytes) -> int:
-        """Journal a packed batch of (attempt, rank); returns the sender's highest durable seq.
+        """Journal a packed batch of (attempt, rank); returns the sender's highest durable seq. Raises StorageError."""
+        return self._intake.append(rank, attempt, batch)
 
-        Batches that arrive while one is being committed go together into the next commit.
-        """
-        events = unpack(batch)
-        records = [record for event in events for record in records_of(event, rank=rank, attempt=attempt)]
-        ticket = _Ticket(rank, attempt, records)
-        with self._pending.lock:
-            self._pending.tickets.append(ticket)
-        with self._committing:
-            if not ticket.done:
-                with self._pending.lock:
-                    tickets, self._pending.tickets = self._pending.tickets, []
-                self._commit(tickets)
-        if ticket.error is not None:
-            raise ticket.error
-        return self._last_seq(attempt, rank)
+    def _written(self, rows: list[Record]) -> list[Record]:
+        """Rows that are durable now, in journal order. Returns what is to be journaled because of them."""
+        self._note_resumes(rows)
+        self._summarise(rows)
+        self._tail.add(rows)
+        return self._reducer.add(rows)
 
-    def _commit(self, tickets: list[_Ticket]) -> None:
-        fresh = [record for ticket in tickets for record in self._without_doubles(ticket)]
-        try:
-            written = self._writer.append(fresh) if fresh else []
-        except StorageError as error:
-            for ticket in tickets:
-                ticket.done, ticket.error = True, error
-            return
-        for ticket in tickets:
-            if ticket.records:
-                sender = (ticket.attempt, ticket.rank)
-                self._seqs[sender] = max(self._last_seq(*sender), ticket.records[-1].seq)
-            ticket.done = True
-        if written:
-            self._tail.add(written)
-            self._summary.add(written)
-            self._note_resumes(written)
-
-    def _without_doubles(self, ticket: _Ticket) -> list[Record]:
-        """A sender repeats what was not acknowledged: rows up to its last durable seq are there already."""
-        last = self._last_seq(ticket.attempt, ticket.rank)
-        return [record for record in ticket.records if record.seq > last]
-
-    def _last_seq(self, attempt: int, rank: int) -> int:
-        sender = (attempt, rank)
-        if sender not in self._seqs:
-            self._seqs[sender] = self._writer.last_seq(attempt, rank)
-        return self._seqs[sender]
+    def _summarise(self, rows: list[Record]) -> None:
+        reached = self._summary.last_step
+        with self._summarising:
+            self._summary.add(rows)
+        if any(row.kind is Kind.ATTEMPT and row.step < reached for row in rows):
+            # What earlier attempts logged past that step counts no more: neither as last nor as best.
+            effective = JournalReader(self._directory, strict=False).effective()
+            with self._summarising:
+                self._summary.replace_metrics(effective)
 
     def _note_resumes(self, written: list[Record]) -> None:
         for record in written:
             if record.kind is Kind.ATTEMPT:
-                with self._recording:
-                    self._record = self._record.resumed(record.attempt, record.step)
-                    self._runs.save(self._record)
+                self._change_record(partial(RunRecord.resumed, number=record.attempt, step=record.step))
 
-    def _resumed_step(self, attempt: int) -> int:
-        for known in self._record.attempts:
-            if known.number == attempt and known.resumed_from_step is not None:
-                return known.resumed_from_step
-        return -1
+    def _change_record(self, change: Callable[[RunRecord], RunRecord]) -> None:
+        """Change run.json. If the storage does not take it now, the keeper or the run's end writes it."""
+        with self._recording:
+            self._record = change(self._record)
+            try:
+                self._runs.save(self._record)
+                self._record_unsaved = False
+            except StorageError as error:
+                self._record_unsaved = True
+                log.warning("run.json can't be saved; trying again", error=str(error))
 
     # --- what others ask ------------------------------------------------------------------------------------
 
@@ -178,17 +146,19 @@ class TrackerService:
 
     def status(self) -> dict[str, Any]:
         """Step, progress and how each backend stands, for the progress line."""
+        with self._summarising:
+            metrics = {key: metric.last for key, metric in self._summary.metrics.items()}
         return {
             "run_id": self.spec.run_id,
             "last_step": self._summary.last_step,
             "next_offset": self._tail.next_offset,
             "progress": self._progress,
-            "metrics": {key: metric.last for key, metric in list(self._summary.metrics.items())},
+            "metrics": metrics,
             "backends": {cursor.backend: cursor.state.value for cursor in self._cursors()},
         }
 
     def last_step(self) -> int:
-        """The greatest step of any metric so far, 0 if there is none."""
+        """The step reached, 0 before the first."""
         return self._summary.last_step
 
     def has_history(self) -> bool:
@@ -208,25 +178,45 @@ class TrackerService:
         """End the run: deliver for at most `final_secs`, compact the journal, write the record.
 
         Returns `{backends: {name: {state, delivered, pending, error}}, next_offset}`. Calling it again changes nothing.
+        Raises StorageError if run.json can't be written: it may be called again then.
         """
-        if not self._closing.is_set():
-            self._closing.set()
-            self._keeper.join()
-            end = time.monotonic() + self._tracking.delivery.final_secs
-            for delivery in self._deliveries:
-                delivery.finish(status, end)
-            for delivery in self._deliveries:
-                delivery.join(end + 1.0 - time.monotonic())
+        with self._close_lock:
+            if not self._closed:
+                self._end_run(Status(status), reason)
+                self._closed = True
+        return self._report()
+
+    def _end_run(self, status: Status, reason: str) -> None:
+        end = time.monotonic() + self._tracking.delivery.final_secs
+        self._closing.set()
+        try:
+            self._intake.add(self._reducer.drain())
+        except StorageError as error:
+            log.warning("the ranks' last metrics could not be reduced; the journal has them", error=str(error))
+        for delivery in self._deliveries:
+            delivery.finish(status.value, end)
+        for delivery in self._deliveries:
+            delivery.join(end + 1.0 - time.monotonic())
+        self._keeper.join(_KEEPER_SECONDS)  # on a storage that hangs it may never come back
+        try:
             self._writer.compact()
             self._save_summary()
-            with self._recording:
-                self._record = self._record.finish(time.time(), Status(status), reason)
-                self._runs.save(self._record)
+        except RayTrackingError as error:
+            log.warning("the journal could not be compacted; nothing of it is lost", error=str(error))
+        with self._recording:
+            record = self._record.finish(time.time(), status, reason)
+            self._runs.save(record)
+            self._record = record
+
+    def _report(self) -> dict[str, Any]:
+        with self._summarising:
+            metrics = self._summary.best(self._record.monitor, self._record.mode)
         return {
             "next_offset": self._tail.next_offset,
-            "metrics": self._summary.best(self._record.monitor, self._record.mode),
+            "metrics": metrics,
             "last_step": self._summary.last_step,
             "attempts": len(self._record.attempts),
+            "refused": self._intake.refused,
             "backends": {
                 cursor.backend: {
                     "state": cursor.state.value,
@@ -259,9 +249,21 @@ class TrackerService:
 
     def _catch_up_summary(self) -> None:
         """Take in rows that were journaled after the summary was last saved (a killed tracker)."""
-        reader = JournalReader(self._directory)
+        reader = JournalReader(self._directory, strict=False)  # a damaged segment must not keep a run from going on
         while rows := reader.read(self._summary.offset, 50_000):
             self._summary.add(rows)
+
+    def _gather_ranks(self) -> tuple[RankReducer, list[Record]]:
+        """The ranks' metrics that wait for other ranks', found again in the journal after a restart.
+
+        Also the reduced rows that a tracker was killed before it could journal.
+        """
+        if not self._record.attempts:
+            return RankReducer(1, 1), []
+        newest = self._record.attempts[-1]
+        reducer = RankReducer(newest.number, newest.world_size)
+        reader = JournalReader(self._directory, strict=False)
+        return reducer, reducer.add(unreduced(reader, newest.number) if self._writer.next_offset else [])
 
     def _start_deliveries(self, root: Storage) -> tuple[list[Delivery], list[Cursor]]:
         info = RunInfo(
@@ -275,14 +277,8 @@ class TrackerService:
         deliveries, unavailable = [], []
         for backend in create_backends(self._tracking) if self._tracking.enabled else []:
             if isinstance(backend, Backend):
-                delivery = Delivery(
-                    backend,
-                    info,
-                    self._directory,
-                    self._tail,
-                    self._resumed_step,
-                    self._tracking.delivery.deadline_secs,
-                )
+                deadline = self._tracking.delivery.deadline_secs
+                delivery = Delivery(backend, info, self._directory, self._tail, deadline=deadline)
                 delivery.start()
                 deliveries.append(delivery)
             else:
@@ -298,16 +294,26 @@ class TrackerService:
 
     def _keep(self) -> None:
         """Every few seconds: the summary (which is also the sign of life), and merging of small segments."""
+        failed = False
         while not self._closing.wait(_SUMMARY_SECONDS):
             try:
                 self._save_summary()
+                if self._record_unsaved:
+                    self._change_record(lambda record: record)
+                for delivery in self._deliveries:
+                    delivery.save_if_hanging()
                 self._writer.merge()
-            except StorageError as error:
-                log.warning("the storage does not take the summary; trying again", error=str(error))
+                failed = False
+            except Exception as error:  # noqa: BLE001 - without its sign of life the run would pass for dead
+                if not failed:
+                    log.warning("the run's upkeep failed; trying again", error=f"{type(error).__name__}: {error}")
+                failed = True
 
     def _save_summary(self) -> None:
-        self._summary.updated = time.time()
-        self._summary.save(self._directory)
+        with self._summarising:
+            self._summary.updated = time.time()
+            document = self._summary.encode()
+        Summary.write(self._directory, document)
 
 
 def _versions() -> dict[str, str]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from itertools import islice
 
-from ray_tracking.journal.reader import JournalReader
 from ray_tracking.records import Record
+
+_ROW_BYTES = 200
+"""About what a row takes besides its data."""
 
 
 class Tail:
-    """Rows by offset: from memory if they are new enough, else from the journal. Thread-safe."""
+    """Rows by offset, the newest `keep` and at most about `keep_bytes`. Thread-safe."""
 
-    def __init__(self, reader: JournalReader, next_offset: int, keep: int = 20_000) -> None:
-        self._reader = reader
+    def __init__(self, next_offset: int, keep: int = 20_000, keep_bytes: int = 64 << 20) -> None:
         self._keep = keep
+        self._keep_bytes = keep_bytes
         self._rows: deque[Record] = deque()
+        self._bytes = 0
         self._next = next_offset
         self._changed = threading.Condition()
 
@@ -28,27 +32,30 @@ class Tail:
         """Rows that are durable now, in order."""
         with self._changed:
             self._rows.extend(records)
+            self._bytes += sum(map(_size, records))
             self._next = records[-1].offset + 1
-            while len(self._rows) > self._keep:
-                self._rows.popleft()
+            while self._rows and (len(self._rows) > self._keep or self._bytes > self._keep_bytes):
+                self._bytes -= _size(self._rows.popleft())
             self._changed.notify_all()
 
-    def wait(self, offset: int, timeout: float) -> bool:
-        """Wait until there is a row at `offset`, or until woken. False if the time ran out."""
+    def wait(self, offset: int, timeout: float) -> None:
+        """Wait until there is a row at `offset`, until woken, or until the time runs out."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._next > offset, timeout)
+            if self._next <= offset:
+                self._changed.wait(timeout)
 
     def wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
 
-    def read(self, start: int, limit: int) -> list[Record]:
-        """Up to `limit` rows from offset `start`; none if there are no more."""
+    def read(self, start: int, limit: int) -> list[Record] | None:
+        """Up to `limit` rows from offset `start`; [] if there are no more, None if they are only in the journal."""
         with self._changed:
             if start >= self._next:
                 return []
-            first = self._rows[0].offset if self._rows else self._next
-            if start >= first:
-                begin = start - first
-                return [self._rows[i] for i in range(begin, min(begin + limit, len(self._rows)))]
-        return self._reader.read(start, limit)
+            begin = start - (self._rows[0].offset if self._rows else self._next)
+            return list(islice(self._rows, begin, begin + limit)) if begin >= 0 else None
+
+
+def _size(record: Record) -> int:
+    return _ROW_BYTES + len(record.data or b"")

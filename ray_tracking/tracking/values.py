@@ -14,6 +14,26 @@ MAX_TEXT = 1_000_000
 """Characters of one text that are kept; the rest is cut with a mark."""
 
 _HISTOGRAM_BINS = 64
+_LARGEST = 8.9e307
+"""Half of the largest float, so that the range of a histogram is finite."""
+_STEP_LIMIT = 2**63
+_PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
+
+
+def is_step(value: object) -> bool:
+    """Whether `value` is an int that the journal can hold."""
+    return type(value) is int and -_STEP_LIMIT <= value < _STEP_LIMIT
+
+
+def step(value: Any) -> int:
+    """A step as an int of 64 bits: from an int, an integral float, an array or tensor of one. Raises MetricError."""
+    try:
+        number = int(value)
+        if number == value and is_step(number):
+            return number
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        pass
+    raise MetricError(f"The step is no whole number of 64 bits: {value!r:.80}.", hint="For example step=run.step.")
 
 
 def scalars(metrics: Mapping[str, Any], *, defer_gpu: bool = False) -> dict[str, Any]:
@@ -46,7 +66,9 @@ def _number(key: str, value: Any) -> float:
     if isinstance(value, str | bytes) or value is None:
         raise _no_number(key, value)
     try:
-        return float(value.detach() if hasattr(value, "detach") else value)
+        # item() of a tensor or array: float() of an array with dimensions is deprecated, and of a tensor that
+        # requires a gradient a warning.
+        return float(value.item() if hasattr(value, "item") else value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
     except (TypeError, ValueError, RuntimeError):
@@ -85,13 +107,23 @@ def histogram(key: str, value: Any) -> bytes:
 
     flat = array(key, value).ravel().astype(np.float64, copy=False)
     finite = flat[np.isfinite(flat)]
-    counts, edges = np.histogram(finite, bins=_HISTOGRAM_BINS) if finite.size else ([0], [0.0, 1.0])
+    counts, edges = _counts(finite.clip(-_LARGEST, _LARGEST)) if finite.size else ([0], [0.0, 1.0])
+    with np.errstate(over="ignore"):
+        total, total_squares = float(finite.sum()), float(np.square(finite).sum())
     return Histogram(
-        tuple(float(edge) for edge in edges),
-        tuple(int(count) for count in counts),
-        float(finite.sum()),
-        float(np.square(finite).sum()),
+        tuple(float(edge) for edge in edges), tuple(int(count) for count in counts), total, total_squares
     ).encode()
+
+
+def _counts(finite: Any) -> tuple[Any, Any]:
+    """Counts [B] and edges [B + 1]; one bin where 64 would be narrower than floats are apart."""
+    import numpy as np
+
+    try:
+        return np.histogram(finite, bins=_HISTOGRAM_BINS)
+    except ValueError:
+        low, high = float(finite.min()), float(finite.max())
+        return [finite.size], [low, high if high > low else math.nextafter(low, math.inf)]
 
 
 def image(key: str, value: Any) -> bytes:
@@ -120,6 +152,8 @@ def image(key: str, value: Any) -> bytes:
             pixels = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
         picture = Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels)
     buffer = io.BytesIO()
+    if picture.mode not in _PNG_MODES:
+        picture = picture.convert("RGB")
     picture.save(buffer, format="PNG")
     return buffer.getvalue()
 
