@@ -1,0 +1,197 @@
+"""The tracker process of a plain script: killed, hanging, orphaned."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from ray_tracking.errors import RefusedError, StorageError
+from ray_tracking.journal.reader import JournalReader
+from ray_tracking.records import Kind
+from ray_tracking.runs.record import Status
+from ray_tracking.runs.store import RunStore
+from ray_tracking.storage import Storage
+from ray_tracking.tracking import child as child_module
+from ray_tracking.tracking.child import ChildTransport
+from ray_tracking.tracking.sender import Sender
+from ray_tracking.tracking.spec import TrackerSpec
+from ray_tracking.tracking.transport import TransportError, pack
+from tests.tracking.fakes import Clock, wait_until
+
+
+def spec(tmp_path: Path, run_id: str = "run-1") -> TrackerSpec:
+    return TrackerSpec(run_id, "run", str(tmp_path), str(tmp_path), tracking={"enabled": False})
+
+
+def steps_of(tmp_path: Path, run_id: str = "run-1") -> list[int]:
+    records = JournalReader(Storage.open(tmp_path).child(run_id)).read(0, 10**6)
+    return [record.step for record in records if record.kind is Kind.SCALAR]
+
+
+def batch(*steps: int) -> bytes:
+    return pack([(step, "scalar", step, 1.0, {"loss": 0.5}) for step in steps])
+
+
+def test_killed_over_and_over_nothing_is_lost_or_doubled(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    transport = ChildTransport(spec(tmp_path))
+    sender = Sender(transport, rank=0, attempt=transport.call("begin_attempt", 1), interval=0.005)
+    log_metrics = sender.metrics_logger(Clock())
+    pids = {transport.pid}
+    step = 0
+    for pause in (0.0, 0.02, 0.1):
+        until = step + 300
+        while step < until:
+            step += 1
+            log_metrics({"loss": step / 2}, step)
+            if step % 20 == 0:
+                time.sleep(0.002)
+        time.sleep(pause)
+        os.kill(transport.pid, signal.SIGKILL)
+        for _ in range(50):
+            step += 1
+            log_metrics({"loss": step / 2}, step)
+        assert sender.flush(30)
+        pids.add(transport.pid)
+        assert steps_of(tmp_path) == list(range(1, step + 1))
+    assert len(pids) == 4
+    assert sender.close() == 0
+    assert transport.call("close", "completed", "done")["next_offset"] == step
+    transport.close()
+    assert steps_of(tmp_path) == list(range(1, step + 1))
+    assert "the tracker process died; starting it again" in capfd.readouterr().err
+
+
+def test_killed_while_a_request_is_in_flight(tmp_path: Path) -> None:
+    transport = ChildTransport(spec(tmp_path))
+    attempt = transport.call("begin_attempt", 1)
+    os.kill(transport.pid, signal.SIGSTOP)
+    failed: list[Exception] = []
+
+    def send() -> None:
+        try:
+            transport.append(0, attempt, batch(1, 2))
+        except TransportError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    time.sleep(0.1)
+    os.kill(transport.pid, signal.SIGKILL)
+    thread.join(10)
+    assert [str(error) for error in failed] == ["the tracker process ended"]
+    assert transport.append(0, attempt, batch(1, 2, 3)) == 3
+    transport.close()
+    assert steps_of(tmp_path) == [1, 2, 3]
+
+
+def test_a_call_has_a_deadline_and_its_late_answer_confuses_nobody(tmp_path: Path) -> None:
+    transport = ChildTransport(spec(tmp_path))
+    os.kill(transport.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(TransportError, match="did not answer within"):
+        transport.call("has_history", timeout=0.2)
+    assert time.monotonic() - began < 3
+    os.kill(transport.pid, signal.SIGCONT)
+    assert transport.call("last_step") == 0  # not has_history's False
+    assert transport.call("last_step") is not False
+    transport.close()
+
+
+def test_close_is_bounded_while_the_process_hangs_in_a_request(tmp_path: Path) -> None:
+    transport = ChildTransport(spec(tmp_path))
+    attempt = transport.call("begin_attempt", 1)
+    os.kill(transport.pid, signal.SIGSTOP)
+    failed: list[TransportError] = []
+
+    def send() -> None:
+        try:
+            transport.append(0, attempt, batch(1))
+        except TransportError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    time.sleep(0.1)
+    began = time.monotonic()
+    with pytest.raises(TransportError, match="busy"):
+        transport.call("close", "completed", "done", timeout=0.2)
+    transport.close(0.3)
+    thread.join(10)
+    assert time.monotonic() - began < 5
+    assert len(failed) == 1
+    with pytest.raises(TransportError, match="closed"):
+        transport.call("last_step")
+
+
+def test_signals_to_the_group_do_not_end_it(tmp_path: Path) -> None:
+    transport = ChildTransport(spec(tmp_path))
+    pid = transport.pid
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(pid, number)
+    assert transport.append(0, transport.call("begin_attempt", 1), batch(1)) == 1
+    assert transport.pid == pid
+    transport.close()
+
+
+def test_what_the_service_raises_arrives_as_it_is(tmp_path: Path) -> None:
+    transport = ChildTransport(spec(tmp_path))
+    transport.call("begin_attempt", 1)
+    with pytest.raises(TransportError, match="AttributeError"):
+        transport.call("no_such_method")
+    transport.call("close", "completed", "done")
+    transport.close()
+    with pytest.raises(RefusedError, match="is completed"):
+        ChildTransport(spec(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="Can't"):
+        ChildTransport(TrackerSpec("r", "r", str(tmp_path / "file"), str(tmp_path), tracking={"enabled": False}))
+
+
+def test_one_that_does_not_start_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child_module.sys, "executable", "/bin/false")
+    with pytest.raises(TransportError, match="did not start"):
+        ChildTransport(spec(tmp_path))
+
+
+def test_its_end_without_close_aborts_the_run(tmp_path: Path) -> None:
+    transport = ChildTransport(spec(tmp_path))
+    transport.append(0, transport.call("begin_attempt", 1), batch(1, 2))
+    transport.close()
+    record = RunStore(Storage.open(tmp_path)).load("run-1")
+    assert record.status is Status.ABORTED
+    assert record.attempts[-1].reason is not None
+    assert "without finalize_experiment" in record.attempts[-1].reason
+
+
+def test_more_open_files_than_select_can_take(tmp_path: Path) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2000:
+        pytest.skip(f"this machine allows {hard} open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
+    files = [open(os.devnull) for _ in range(1100)]  # noqa: SIM115
+    try:
+        transport = ChildTransport(spec(tmp_path))
+        assert transport.call("last_step") == 0
+        transport.close()
+    finally:
+        for file in files:
+            file.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_processes_are_reaped_and_pipes_closed(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    transport = ChildTransport(spec(tmp_path))
+    for _ in range(2):
+        os.kill(transport.pid, signal.SIGKILL)
+        wait_until(lambda: transport._process.poll() is not None)
+        assert transport.call("last_step") == 0
+    transport.close()
+    assert len(os.listdir("/proc/self/fd")) == before
