@@ -18,7 +18,9 @@ os.environ.update(
         "AWS_EC2_METADATA_DISABLED": "true",
     }
 )
-for name in ("RAY_ADDRESS", "RAY_TRACKING_ENV", "RAY_TRACKING_STORAGE", "RAY_TRACKING_LOG_LEVEL", "MLFLOW_TRACKING_URI"):
+for name in ("ENV", "STORAGE", "LOG_LEVEL"):
+    os.environ.pop(f"RAY_TRACKING_{name}", None)
+for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
     os.environ.pop(name, None)
 
 

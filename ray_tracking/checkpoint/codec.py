@@ -114,9 +114,7 @@ class _Encoder:
         if id(value) in self._open:
             raise CheckpointError(f"{path or 'the state'} contains itself; a checkpoint can't store that.")
         if depth >= MAX_DEPTH:
-            raise CheckpointError(
-                f"{path} is nested deeper than {MAX_DEPTH} levels; a checkpoint can't store that."
-            )
+            raise CheckpointError(f"{path} is nested deeper than {MAX_DEPTH} levels; a checkpoint can't store that.")
         self._open.add(id(value))
         try:
             return self._open_container(value, path, depth)
@@ -168,9 +166,7 @@ class _Encoder:
 
     def _array(self, value: np.ndarray[Any, Any], path: str) -> Any:
         if type(value) is not np.ndarray:
-            raise CheckpointError(
-                f"{path} is a {_name_of(type(value))}; only a plain numpy.ndarray can be stored."
-            )
+            raise CheckpointError(f"{path} is a {_name_of(type(value))}; only a plain numpy.ndarray can be stored.")
         _check_dtype(value.dtype, path)
         raw = bytearray(np.ascontiguousarray(value).tobytes())
         tensor = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)

@@ -57,9 +57,7 @@ class CheckpointManager:
         self._warned = False
         atexit.register(_finish, weakref.ref(self))
 
-    def should_save_checkpoint(
-        self, step: int, metric: float | None = None, *, epoch_end: bool = False
-    ) -> bool:
+    def should_save_checkpoint(self, step: int, metric: float | None = None, *, epoch_end: bool = False) -> bool:
         """Whether the strategy wants a checkpoint after `step`; `metric` is the monitor's value, needed by
         save_best_only.
         """
@@ -105,9 +103,7 @@ class CheckpointManager:
         self._look()
         given = {"model": model, "optimizer": optimizer, "scheduler": scheduler, **objects}
         if all(value is None for value in given.values()):
-            raise UsageError(
-                "save_checkpoint was given nothing to save.", hint="Pass model=, optimizer= and so on."
-            )
+            raise UsageError("save_checkpoint was given nothing to save.", hint="Pass model=, optimizer= and so on.")
         # One process numbers its saves, so that a script started over in an old directory counts as newer.
         # Several ranks
         # can't agree without talking; they write into their attempt's folder, where the step orders.
@@ -164,9 +160,7 @@ class CheckpointManager:
         ranked = self.strategy.ranked(infos)
         if infos and not ranked:
             known = sorted({key for info in infos for key in info.metrics})
-            _log.warning(
-                "no checkpoint has the monitored metric", monitor=self.strategy.monitor, metrics=known
-            )
+            _log.warning("no checkpoint has the monitored metric", monitor=self.strategy.monitor, metrics=known)
         return self.store.load_first(ranked, rank=self.rank, world_size=self.world_size)
 
     def load_checkpoint(self, step: int) -> TrainingCheckpoint | None:
@@ -185,11 +179,7 @@ class CheckpointManager:
         lists are good.
         """
         self.wait()
-        return {
-            info.step: self.store.verify(info)
-            for info in self.store.checkpoints()
-            if step in (None, info.step)
-        }
+        return {info.step: self.store.verify(info) for info in self.store.checkpoints() if step in (None, info.step)}
 
     def close(self) -> None:
         """Wait for the last save; raises like `wait`."""
@@ -237,9 +227,7 @@ class CheckpointManager:
             try:
                 apply_retention(self.store, self.strategy)
             except StorageError as error:
-                _log.warning(
-                    "old checkpoints not deleted, tried again after the next save", error=error.message
-                )
+                _log.warning("old checkpoints not deleted, tried again after the next save", error=error.message)
 
 
 def _finish(reference: weakref.ref[CheckpointManager]) -> None:
@@ -256,9 +244,7 @@ def open_store(checkpoint_dir: str | None) -> CheckpointStore:
     """The store in `checkpoint_dir` (a path or URI), or in `checkpoints` below the default storage."""
     if checkpoint_dir:
         return CheckpointStore(Storage.open(checkpoint_dir))
-    return CheckpointStore(
-        Storage.open(os.environ.get("RAY_TRACKING_STORAGE") or "./runs").child("checkpoints")
-    )
+    return CheckpointStore(Storage.open(os.environ.get("RAY_TRACKING_STORAGE") or "./runs").child("checkpoints"))
 
 
 def create_checkpoint_manager(config: Any = None) -> CheckpointManager:
@@ -272,6 +258,4 @@ def create_checkpoint_manager(config: Any = None) -> CheckpointManager:
                 f"training.default.{key} is set, but this version can't do it yet.",
                 hint=f"Set training.default.{key} to null.",
             )
-    return CheckpointManager(
-        open_store(section.get("checkpoint_dir")), CheckpointStrategy.from_config(section)
-    )
+    return CheckpointManager(open_store(section.get("checkpoint_dir")), CheckpointStrategy.from_config(section))

@@ -160,9 +160,7 @@ def decode_manifest(data: bytes) -> Manifest:
     if body.pop("schema") != SCHEMA:
         raise ManifestError(f"written by a newer version of ray-tracking (this one reads schema {SCHEMA})")
     try:
-        files = {
-            name: FileEntry(int(entry["size"]), str(entry["digest"])) for name, entry in body["files"].items()
-        }
+        files = {name: FileEntry(int(entry["size"]), str(entry["digest"])) for name, entry in body["files"].items()}
         metrics = {key: float(value) for key, value in body["metrics"].items()}
         manifest = Manifest(**{**body, "files": files, "metrics": metrics, "objects": tuple(body["objects"])})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -196,9 +194,7 @@ def combine(folder: str, attempt: int, manifests: tuple[Manifest, ...], *, pinne
     )
 
 
-def why_incomplete(
-    step: int, sizes: Mapping[str, int], manifests: Mapping[tuple[int, int], Manifest]
-) -> str | None:
+def why_incomplete(step: int, sizes: Mapping[str, int], manifests: Mapping[tuple[int, int], Manifest]) -> str | None:
     """None if the files make up a complete checkpoint of `step`, else the reason it does not count.
 
     `sizes`: size of every file in the folder. `manifests`: those that could be read, by (rank, world size)

@@ -52,9 +52,7 @@ def create_model(config: Any) -> torch.nn.Module:
             )
     name = section.get("name")
     if not isinstance(name, str) or not name:
-        raise ConfigError(
-            f"model.name: found {name!r}; allowed: 'package.module.Class' or 'path/to/file.py:Class'."
-        )
+        raise ConfigError(f"model.name: found {name!r}; allowed: 'package.module.Class' or 'path/to/file.py:Class'.")
     device = _device(section.get("device") or "auto")
     model = _build(_find(name), name, section.get("args") or {})
     weights = section.get("weights")
@@ -79,8 +77,7 @@ def load_weights(weights: str | int, section: Mapping[str, Any]) -> ModelCheckpo
     parent, _, leaf = text.rstrip("/").rpartition("/")
     if leaf.endswith(_PICKLES):
         raise ConfigError(
-            f"model.weights: {text!r} looks like a pickle, which can run code when it is loaded; it was "
-            f"not opened.",
+            f"model.weights: {text!r} looks like a pickle, which can run code when it is loaded; it was not opened.",
             hint="Convert it to .safetensors (safetensors.torch.save_file) and give that.",
         )
     storage = Storage.open(parent or ("/" if text.startswith("/") else "."))
@@ -107,8 +104,7 @@ def _from_store(which: str | int, section: Mapping[str, Any]) -> ModelCheckpoint
         if info is None and infos:
             known = sorted({key for each in infos for key in each.metrics})
             raise CheckpointError(
-                f"model.weights: best: no checkpoint in {store.storage.uri} has a finite "
-                f"{strategy.monitor!r}.",
+                f"model.weights: best: no checkpoint in {store.storage.uri} has a finite {strategy.monitor!r}.",
                 hint=f"Set model.monitor to one of: {', '.join(known) or 'none was saved'}.",
             )
     else:
@@ -116,10 +112,8 @@ def _from_store(which: str | int, section: Mapping[str, Any]) -> ModelCheckpoint
     if info is None:
         steps = ", ".join(str(each.step) for each in infos[-10:])
         raise CheckpointError(
-            f"model.weights: {which!r} is not in {store.storage.uri}; complete checkpoints there: "
-            f"{steps or 'none'}.",
-            hint="Set model.checkpoint_dir to the folder of a run or of checkpoints, or model.weights to "
-            "null.",
+            f"model.weights: {which!r} is not in {store.storage.uri}; complete checkpoints there: {steps or 'none'}.",
+            hint="Set model.checkpoint_dir to the folder of a run or of checkpoints, or model.weights to null.",
         )
     return store.load_model(info)
 
@@ -145,9 +139,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(
-            f"model.device: found {name!r}; allowed: auto, cpu, cuda, cuda:0 and so on."
-        ) from error
+        raise ConfigError(f"model.device: found {name!r}; allowed: auto, cpu, cuda, cuda:0 and so on.") from error
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ConfigError(
@@ -208,9 +200,7 @@ def _attribute(module: ModuleType, path: str, name: str) -> Callable[..., Any]:
             )
         found = getattr(found, part)
     if not callable(found):
-        raise ConfigError(
-            f"model.name: {name!r} is a {type(found).__name__}; it must be a class or function."
-        )
+        raise ConfigError(f"model.name: {name!r} is a {type(found).__name__}; it must be a class or function.")
     return found  # type: ignore[no-any-return]
 
 
@@ -232,7 +222,5 @@ def _build(factory: Callable[..., Any], name: str, args: Mapping[str, Any]) -> t
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"model: {name}({dict(args)}) failed: {error}", hint="Check model.args.") from error
     if not isinstance(model, torch.nn.Module):
-        raise ConfigError(
-            f"model.name: {name!r} made a {type(model).__name__}; it must make a torch.nn.Module."
-        )
+        raise ConfigError(f"model.name: {name!r} made a {type(model).__name__}; it must make a torch.nn.Module.")
     return model

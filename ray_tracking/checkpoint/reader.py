@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-def read_objects(
-    storage: Storage, info: CheckpointInfo, rank: int, *, only: str | None = None
-) -> dict[str, Any]:
+def read_objects(storage: Storage, info: CheckpointInfo, rank: int, *, only: str | None = None) -> dict[str, Any]:
     """The states that `rank` saved, by name (`only` that one, without reading the other tensors).
 
     Raises CheckpointCorruptError that names the file.
@@ -69,9 +67,7 @@ def problems(storage: Storage, info: CheckpointInfo) -> list[str]:
     return found
 
 
-def _tensors(
-    storage: Storage, info: CheckpointInfo, manifest: Manifest, name: str
-) -> dict[str, torch.Tensor]:
+def _tensors(storage: Storage, info: CheckpointInfo, manifest: Manifest, name: str) -> dict[str, torch.Tensor]:
     from ray_tracking.checkpoint.tensors import unpack
 
     return _parse(storage, info, name, unpack, _read(storage, info, manifest, name))
@@ -96,9 +92,7 @@ def _read(storage: Storage, info: CheckpointInfo, manifest: Manifest, name: str)
     except FileNotFoundError as error:
         raise CheckpointCorruptError(f"{shown} is not there any more.") from error
     if len(data) != entry.size:
-        raise CheckpointCorruptError(
-            f"{shown} has {len(data)} bytes instead of {entry.size}: it was cut or replaced."
-        )
+        raise CheckpointCorruptError(f"{shown} has {len(data)} bytes instead of {entry.size}: it was cut or replaced.")
     if names.digest(data) != entry.digest:
         raise CheckpointCorruptError(f"{shown} was altered since it was saved: its digest does not match.")
     return data

@@ -91,16 +91,10 @@ def capture(
     before anything is copied; MetricError for a metric that is no number.
     """
     if not 0 <= rank < world_size or step < 0:
-        raise UsageError(
-            f"A checkpoint of step {step} by rank {rank} of {world_size} can't be: count ranks from 0."
-        )
+        raise UsageError(f"A checkpoint of step {step} by rank {rank} of {world_size} can't be: count ranks from 0.")
     if RNG in objects:
         raise UsageError(f"An object can't be saved as {RNG!r}: the random states have that name.")
-    chosen = {
-        name: value
-        for name, value in objects.items()
-        if value is not None and (rank == 0 or name in PER_RANK)
-    }
+    chosen = {name: value for name, value in objects.items() if value is not None and (rank == 0 or name in PER_RANK)}
     states = {name: _state_of(name, value) for name, value in chosen.items()}
     if include_rng:
         states[RNG] = capture_rng()
@@ -121,11 +115,7 @@ def capture(
         sequence=step if sequence is None else sequence,
         save_id=save_id,
         trees=trees,
-        files={
-            name: TensorFile(stage(part.tensors), part.aliases)
-            for name, part in encoded.items()
-            if part.tensors
-        },
+        files={name: TensorFile(stage(part.tensors), part.aliases) for name, part in encoded.items() if part.tensors},
     )
 
 
@@ -162,14 +152,11 @@ def restore(checkpoint: TrainingCheckpoint, objects: Mapping[str, Any], *, rng: 
     for name, value in wanted.items():
         if name not in checkpoint.objects:
             raise CheckpointError(
-                f"{where} has no state for {name!r}; it holds: "
-                f"{', '.join(sorted(checkpoint.objects)) or 'nothing'}.",
+                f"{where} has no state for {name!r}; it holds: {', '.join(sorted(checkpoint.objects)) or 'nothing'}.",
                 hint=f"Restore without {name}=, or save it with the checkpoint.",
             )
         if not hasattr(value, "load_state_dict"):
-            raise UsageError(
-                f"{name!r} is a {type(value).__name__} without load_state_dict(): it can't be restored."
-            )
+            raise UsageError(f"{name!r} is a {type(value).__name__} without load_state_dict(): it can't be restored.")
     fitted = {name: checkpoint.objects[name] for name in wanted}
     for name, value in wanted.items():
         if isinstance(value, torch.nn.Module):
@@ -179,9 +166,7 @@ def restore(checkpoint: TrainingCheckpoint, objects: Mapping[str, Any], *, rng: 
     if rng and checkpoint.rng is not None:
         restore_rng(checkpoint.rng)
     elif rng:
-        _log.warning(
-            "random states left as they are: the checkpoint has none for this rank", step=checkpoint.step
-        )
+        _log.warning("random states left as they are: the checkpoint has none for this rank", step=checkpoint.step)
 
 
 def fit_module(module: torch.nn.Module, state: Any, where: str) -> Any:
@@ -191,21 +176,14 @@ def fit_module(module: torch.nn.Module, state: Any, where: str) -> Any:
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{where}: the stored state is a {type(state).__name__}, not a module's state.")
     own = module.state_dict()
-    if (
-        state
-        and all(str(key).startswith("module.") for key in state)
-        and not any(key in own for key in state)
-    ):
+    if state and all(str(key).startswith("module.") for key in state) and not any(key in own for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     shapes = [
         f"{key} is {list(value.shape)} in the checkpoint and {list(own[key].shape)} in the module"
         for key, value in state.items()
-        if key in own
-        and hasattr(value, "shape")
-        and hasattr(own[key], "shape")
-        and value.shape != own[key].shape
+        if key in own and hasattr(value, "shape") and hasattr(own[key], "shape") and value.shape != own[key].shape
     ]
     problems = shapes + [f"{key} is not in the checkpoint" for key in missing]
     problems += [f"{key} is not in the module" for key in unexpected]

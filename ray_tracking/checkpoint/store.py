@@ -104,9 +104,7 @@ class CheckpointStore:
         if reason is not None:
             return Found(folder, attempt, step, None, reason)
         ordered = tuple(manifests[place] for place in sorted(manifests))
-        return Found(
-            folder, attempt, step, names.combine(folder, attempt, ordered, pinned=names.PIN_FILE in entries)
-        )
+        return Found(folder, attempt, step, names.combine(folder, attempt, ordered, pinned=names.PIN_FILE in entries))
 
     def _manifest(self, folder: str, entry: Entry) -> Manifest:
         path = names.join(folder, entry.name)
@@ -141,8 +139,7 @@ class CheckpointStore:
         if any(entry.name == own for entry in self.storage.list(folder)):
             if self.inspect(folder).info is not None:
                 raise CheckpointError(
-                    f"{self.storage.path(folder)} already holds a complete checkpoint; it is not written "
-                    f"over.",
+                    f"{self.storage.path(folder)} already holds a complete checkpoint; it is not written over.",
                     hint="Save a later step, or take the folder from new_folder(step).",
                 )
             self.storage.delete(names.join(folder, own))
@@ -173,9 +170,7 @@ class CheckpointStore:
 
     # -- loading -----------------------------------------------------------------------------------
 
-    def load(
-        self, info: CheckpointInfo, *, rank: int = 0, world_size: int | None = None
-    ) -> TrainingCheckpoint:
+    def load(self, info: CheckpointInfo, *, rank: int = 0, world_size: int | None = None) -> TrainingCheckpoint:
         """Load what `rank` of `world_size` (that of the save, if None) needs; every file it reads is checked.
 
         At another world size rank-specific objects are rank 0's; random states are those of the same rank,
@@ -263,14 +258,11 @@ class CheckpointStore:
             try:
                 return use(info)
             except CheckpointCorruptError as error:
-                _log.warning(
-                    "checkpoint skipped, the one before it is tried", folder=info.folder, reason=error.message
-                )
+                _log.warning("checkpoint skipped, the one before it is tried", folder=info.folder, reason=error.message)
                 damaged.append(error.message)
         if damaged:
             raise CheckpointCorruptError(
-                f"All {len(damaged)} checkpoints below {self.storage.uri} are damaged. The newest: "
-                f"{damaged[0]}",
+                f"All {len(damaged)} checkpoints below {self.storage.uri} are damaged. The newest: {damaged[0]}",
                 hint="Bring back the files from a copy, or use another directory to start afresh.",
             )
         return None

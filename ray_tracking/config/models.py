@@ -240,7 +240,7 @@ class CheckpointConfig(Section):
     mode: Literal["min", "max"] = "min"
     """Whether the best is the smallest or the largest."""
     checkpoint_dir: Text | None = None
-    """Where a plain script keeps checkpoints; null: `checkpoints` on the storage. Runs on Ray keep theirs with the run."""
+    """Where a plain script keeps checkpoints; null: `checkpoints` on the storage. On Ray they lie in the run."""
     compression: Literal["zstd"] | None = None
     """Compress tensors; saves about 8 % on weights and costs time."""
     encryption: EncryptionConfig | None = None

@@ -34,8 +34,8 @@ class Position:
 class Run:
     """One rank of a run. Steps count from 1: the body of the first batch runs with `step == 1`.
 
-    On ranks other than 0 the log calls do nothing. `epochs`, `steps`, `restore`, `checkpoint` and `should_stop`
-    must be called by all ranks alike.
+    On ranks other than 0 the log calls but `log_rank_metrics` do nothing. `epochs`, `steps`, `restore`, `checkpoint`
+    and `should_stop` must be called by all ranks alike.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Run:
         attempt: int,
         position: Position,
         tracker: ExperimentTracker,
+        log_rank_metrics: Callable[..., None],
         saver: Saver,
         latest: Callable[[], dict[str, float]],
     ) -> None:
@@ -65,6 +66,8 @@ class Run:
         self._position = position
         self.tracker = tracker
         self.log_metrics = tracker.log_metrics
+        self.log_rank_metrics = log_rank_metrics
+        """Numbers of each rank, which every rank logs: shown as `key/mean`, `key/min` and `key/max` over the ranks."""
         self.log_params = tracker.log_params
         self.log_histogram = tracker.log_histogram
         self.log_text = tracker.log_text

@@ -86,21 +86,23 @@ def work(loop_config: Mapping[str, Any]) -> None:
         report_context.logger.setLevel(logging.ERROR)
     _seed(task.config.seed, rank)
     directory = RunStore(Storage.open(task.storage)).directory(task.run_id)
-    sender = Sender(transport, rank=rank, attempt=attempt) if rank == 0 else None
+    sender = Sender(transport, rank=rank, attempt=attempt)
     saver = Saver(
         CheckpointStore(directory, os.path.basename(context.get_storage().experiment_fs_path)),
         CheckpointStrategy.from_config(task.config.training.default),
         rank=rank,
         world_size=world_size,
         attempt=attempt,
-        before_commit=lambda: _all_journaled(sender),
+        before_commit=lambda: _all_journaled(sender),  # rank 0's: the others' own numbers are no part of a curve
     )
     position = Position()
+    logger = RunLogger(sender, position, directory.child("artifacts"))
     tracker: ExperimentTracker = NoopTracker()
-    if sender is not None:
-        logger = RunLogger(sender, position, directory.child("artifacts"))
+    if rank == 0:
         logger.begin_attempt(saver.newest_step)
+        _all_journaled(sender)
         tracker = RunTracker(logger, sender, task.run_id)
+    broadcast(None)  # no rank's records come before the attempt's own
     run = Run(
         task.config,
         rank=rank,
@@ -110,8 +112,9 @@ def work(loop_config: Mapping[str, Any]) -> None:
         attempt=attempt,
         position=position,
         tracker=tracker,
+        log_rank_metrics=logger.log_rank_metrics,
         saver=saver,
-        latest=sender.latest if sender is not None else dict,
+        latest=sender.latest if rank == 0 else dict,
     )
     run.log_params(run.params)
     over = threading.Event()
@@ -125,8 +128,7 @@ def work(loop_config: Mapping[str, Any]) -> None:
         raise
     finally:
         over.set()
-        if sender is not None:
-            sender.close()
+        sender.close()
 
 
 def _tell_progress(run: Run, transport: ActorTransport, over: threading.Event) -> None:
@@ -137,8 +139,8 @@ def _tell_progress(run: Run, transport: ActorTransport, over: threading.Event) -
             continue  # the tracker restarts; the sender says so
 
 
-def _all_journaled(sender: Sender | None) -> None:
-    if sender is not None and not sender.flush(_FLUSH_SECONDS):
+def _all_journaled(sender: Sender) -> None:
+    if not sender.flush(_FLUSH_SECONDS):
         raise JournalError(f"the tracker did not journal the records before it within {_FLUSH_SECONDS:.0f} s")
 
 

@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from operator import index
 from typing import Any, Protocol
 
 from ray_tracking.errors import MetricError
@@ -97,15 +96,15 @@ class Sender:
         name = kind.value
 
         def log_metrics(metrics: dict[str, Any], step: int | None = None) -> None:
+            at = clock.step if step is None else step
             try:
-                if sum(metrics.values()).__class__ is float:
-                    copied = metrics.copy()
-                    append((name, clock.step if step is None else index(step), now(), copied))
+                if sum(metrics.values()).__class__ is float and at.__class__ is int:
+                    append((name, at, now(), metrics.copy()))
                     return
             except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError):
                 pass  # not plain numbers: the careful way below says what is wrong, if anything
             if numbers := values.scalars(metrics, defer_gpu=True):
-                append((name, clock.step if step is None else values.step(step), now(), numbers))
+                append((name, values.step(at), now(), numbers))
 
         return log_metrics
 

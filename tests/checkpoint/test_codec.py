@@ -127,13 +127,9 @@ leaves = st.one_of(
     st.text(),
     st.binary(max_size=2000),
     st.builds(lambda xs: torch.tensor(xs), st.lists(st.floats(width=32), max_size=4)),
-    st.builds(
-        lambda xs: np.array(xs, dtype=np.int64), st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4)
-    ),
+    st.builds(lambda xs: np.array(xs, dtype=np.int64), st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4)),
 )
-keys = st.one_of(
-    st.text(max_size=4), st.integers(), st.sampled_from(["$", "a.b", "a", "__metadata__", "tensor"])
-)
+keys = st.one_of(st.text(max_size=4), st.integers(), st.sampled_from(["$", "a.b", "a", "__metadata__", "tensor"]))
 
 
 @given(

@@ -152,9 +152,7 @@ def test_returns_once_copied_and_loading_waits(tmp_path: Path) -> None:
     assert torch.equal(loaded.model_state["w"], torch.zeros(3))
 
 
-def test_a_failed_write_is_said_and_the_previous_one_stays(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_write_is_said_and_the_previous_one_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     storage = GatedStorage(tmp_path)
     storage.gate.set()
     kept = CheckpointManager(CheckpointStore(storage), CheckpointStrategy(save_steps=1, save_best_only=True))
@@ -233,9 +231,7 @@ def test_any_kind_of_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_TRACKING_STORAGE", raising=False)
     assert create_checkpoint_manager(None).store.storage.root == str(tmp_path / "runs" / "checkpoints")
-    pydantic_like = SimpleNamespace(
-        model_dump=lambda: {"save_steps": 3, "checkpoint_dir": str(tmp_path / "x")}
-    )
+    pydantic_like = SimpleNamespace(model_dump=lambda: {"save_steps": 3, "checkpoint_dir": str(tmp_path / "x")})
     made = create_checkpoint_manager(pydantic_like)
     assert made.strategy.save_steps == 3
     assert made.store.storage.root == str(tmp_path / "x")
@@ -260,9 +256,7 @@ assert "ray" not in sys.modules
 
 def test_a_normal_exit_waits(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
-    subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), "3"], check=True, cwd=root, stdout=subprocess.DEVNULL
-    )
+    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path), "3"], check=True, cwd=root, stdout=subprocess.DEVNULL)
     assert [info.step for info in manager(tmp_path).list_checkpoints()] == [1, 2, 3]
 
 

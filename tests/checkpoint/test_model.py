@@ -63,9 +63,7 @@ def test_weights(saved: Path) -> None:
 
 def test_a_plain_safetensors_file_with_the_ddp_prefix(tmp_path: Path) -> None:
     path = tmp_path / "theirs.safetensors"
-    safetensors.torch.save_file(
-        {"module.weight": torch.full((2, 3), 9.0), "module.bias": torch.zeros(2)}, path
-    )
+    safetensors.torch.save_file({"module.weight": torch.full((2, 3), 9.0), "module.bias": torch.zeros(2)}, path)
     assert value(create_model({**LINEAR, "weights": str(path)})) == 9
 
 

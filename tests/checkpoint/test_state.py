@@ -242,6 +242,4 @@ def test_listing_needs_no_torch(tmp_path: Path) -> None:
     store = CheckpointStore(Storage.open(tmp_path))
     store.write_snapshot("step-000001", capture({"model": net()}, step=1))
     root = Path(__file__).parents[2]
-    assert (
-        subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False, cwd=root).returncode == 0
-    )
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False, cwd=root).returncode == 0

@@ -88,9 +88,7 @@ def test_list_and_load(store: CheckpointStore, save: Save) -> None:
     assert info.metrics["val_loss"] == 0.5
     assert info.metrics["nan"] != info.metrics["nan"]
     assert info.metrics["inf"] == float("inf")
-    assert info.size == sum(
-        f.stat().st_size for f in (root(store) / info.folder).iterdir() if f.name[:4] != "rank"
-    )
+    assert info.size == sum(f.stat().st_size for f in (root(store) / info.folder).iterdir() if f.name[:4] != "rank")
     assert is_of_step(store.load(info), 2)
     assert store.find(3) is None
     assert store.verify(info) == []

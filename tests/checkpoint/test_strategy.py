@@ -51,9 +51,7 @@ def test_saves_by_time_and_at_epoch_end() -> None:
         ("min", 0.4, math.nan, True),
     ],
 )
-def test_best_only_saves_improvements(
-    mode: str, metric: float | None, best: float | None, saves: bool
-) -> None:
+def test_best_only_saves_improvements(mode: str, metric: float | None, best: float | None, saves: bool) -> None:
     rules = CheckpointStrategy(save_steps=10, save_best_only=True, mode=mode)
     assert bool(rules.should_save(20, metric, best_so_far=best)) is saves
     assert rules.should_save(21, metric, best_so_far=best) is None

@@ -67,7 +67,7 @@ def test_show_json_is_the_whole_document(cli: Cli, store: RunStore) -> None:
     assert [attempt["resumed_from_step"] for attempt in document["attempts"]] == [-1, 2]
     assert document["metrics"]["bad"] == {"last": "NaN", "best": None}
     assert document["backends"]["mlflow"]["pending"] == 5
-    assert document["last_step"] == 3
+    assert document["last_step"] == 2  # what came after the step it resumed from is superseded
 
 
 def test_show_for_people(cli: Cli, store: RunStore) -> None:

@@ -61,6 +61,7 @@ def always_fails(run: Run) -> None:
 def logs_everything(run: Run) -> None:
     """Every kind of record, from rank 0; other ranks must not be heard."""
     run.log_metrics({"rank": run.rank}, step=1)
+    run.log_rank_metrics({"speed": 10.0 * (run.rank + 1)}, step=1)
     run.log_histogram("h", torch.arange(10.0), step=1)
     run.log_text("t", "some text", step=1)
     run.log_image("i", torch.rand(3, 4, 4), step=1)

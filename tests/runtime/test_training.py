@@ -142,7 +142,7 @@ def test_a_failed_run_says_why_and_is_continued_by_its_id(whole: tuple[Path, Any
     """The driver's way: fit failed, fit again with the same run id goes on from the last checkpoint."""
     params = {"die_at": 26, "how": "raise", "marker": str(tmp_path / "died")}
     manager = TrainingManager(config(tmp_path, params=params))
-    with pytest.raises(RunFailedError, match="rank 0: .*a bug in the training function") as failure:
+    with pytest.raises(RunFailedError, match=r"rank 0: .*a bug in the training function") as failure:
         manager.fit(functions.regression)
     assert "functions.py" in str(failure.value), "the user's own traceback"
     assert "hunter2" not in str(failure.value)
@@ -181,6 +181,10 @@ def test_every_kind_is_journaled_once_from_rank_0(tmp_path: Path) -> None:
     records = [r for r in reader(tmp_path, result.run_id).read() if r.kind is not Kind.ATTEMPT]
     assert {(r.kind, r.key) for r in records} == {
         (Kind.SCALAR, "rank"),
+        (Kind.RANK_SCALAR, "speed"),
+        (Kind.SCALAR, "speed/mean"),
+        (Kind.SCALAR, "speed/min"),
+        (Kind.SCALAR, "speed/max"),
         (Kind.HISTOGRAM, "h"),
         (Kind.TEXT, "t"),
         (Kind.IMAGE, "i"),
@@ -189,7 +193,13 @@ def test_every_kind_is_journaled_once_from_rank_0(tmp_path: Path) -> None:
         (Kind.PARAM, "epochs"),
         (Kind.PARAM, "artifact"),
     }
-    assert [r.value for r in records if r.kind is Kind.SCALAR] == [0.0]
+    assert [r.value for r in records if r.key == "rank"] == [0.0]
+    assert {(r.rank, r.value) for r in records if r.key == "speed"} == {(0, 10.0), (1, 20.0)}
+    assert {r.key: r.value for r in records if "/" in r.key} == {
+        "speed/mean": 15.0,
+        "speed/min": 10.0,
+        "speed/max": 20.0,
+    }
     assert (tmp_path / result.run_id / "artifacts" / "note.txt").read_text() == "kept"
 
 
