@@ -7,8 +7,8 @@ Each logging window is held against the mean of the silent ones before and after
 were busy is taken again.
 Two things keep that honest. A logging window is timed only after a warm-up longer than delivery lags, so that the
 backends work at the pace of the logging all through the timed part; and it is followed by a wait until everything is
-delivered, so that nothing of it falls into the other side. What the idle tracker costs is in both sides; it is measured
-in the silent windows and taken off the speed, as if all of it were lost to training.
+delivered, so that nothing of it falls into the other side. The tracker idles in the silent windows and costs a little
+there; the loss is scaled up by what that is of its CPU time, to what it would be against no tracker at all.
 CPU per record: of the tracker's process and its children over the whole logging window with warm-up and wait, and of
 the sender's threads, against a process that makes the same calls directly, beside the same training.
 """
@@ -83,18 +83,22 @@ def _speed(rounds: list[Round], left_out: int) -> Measurement:
         windows = (row["before"], row["after"])
         return sum(window["cpu"] for window in windows) / sum(window["whole_seconds"] for window in windows)
 
+    def active(row: Round) -> float:
+        return float(row["tracked"]["cpu"] / row["tracked"]["whole_seconds"])
+
     def silent(row: Round) -> float:
         windows = (row["before"], row["after"])
         return sum(window["steps"] for window in windows) / sum(window["seconds"] for window in windows)
 
     def tracked(row: Round) -> float:
-        return row["tracked"]["steps"] / row["tracked"]["seconds"] * (1.0 - idle(row))
+        loss = silent(row) - row["tracked"]["steps"] / row["tracked"]["seconds"]
+        return silent(row) - loss * active(row) / (active(row) - idle(row))
 
     def middle(value: Callable[[Round], float]) -> float:
         return statistics.median(map(value, rounds))
 
     note = (
-        f"{middle(idle):.1%} of a core, the idle tracker's, is taken off the speed; backends lagged"
+        f"the tracker took {middle(active):.1%} of a core, {middle(idle):.1%} when idle; backends lagged"
         f" {middle(lambda row: row['tracked']['lag']):.1f} s; others took {max(middle(foreign_cores), 0.0):.1%} of a"
         f" core, {left_out} rounds with more than {_FOREIGN_CORES:.0%} are not counted"
     )

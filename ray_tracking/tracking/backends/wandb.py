@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ log = get_logger()
 _LOGIN_HINT = "Run `wandb login`, or set experiment_tracking.wandb.mode: offline and upload later with `wandb sync`."
 _RUN_ID_REFUSED = re.compile(r"[^A-Za-z0-9_.-]")
 _KEY_REFUSED = re.compile(rf"^_|{re.escape(COMPANION)}$|[\ud800-\udfff]")
+_FILE_SECONDS = 10.0
 _TEXT_LIMIT = 65_536
 _TAG_LIMIT = 64
 _KEY_LIMIT = 1000
@@ -53,6 +55,7 @@ class WandbBackend(Backend):
         self._run: Any = None
         self._rows = Rows()
         self._held = -1
+        self._files: tuple[str, str] | None = None
         self._position: int | None = None
         self._companions: set[str] = set()
         self._renamed: dict[str, str] = {}
@@ -92,6 +95,7 @@ class WandbBackend(Backend):
         if self._mode == "online" and self._run.resumed:
             self._position = _as_offset(self._run.summary.get(OFFSET))
         self._held = -1 if self._position is None else self._position
+        self._files = (folder, run_id) if self._mode == "offline" else None
         self._rows = Rows(self._run.step - 1)
         return BackendIdentity(run_id, folder)
 
@@ -176,6 +180,19 @@ class WandbBackend(Backend):
         with self._calls():
             self._run.finish(exit_code=0 if status == "completed" else 1)
         self._run = None
+        self._await_file()
+
+    def _in_file(self, folder: str, run_id: str) -> bool:
+        found = held_offset(folder, run_id)
+        return found is not None and found >= self._held
+
+    def _await_file(self) -> None:
+        """W&B's service may return from `finish` a moment before the last row is in the offline file."""
+        end = time.monotonic() + _FILE_SECONDS
+        while self._files is not None and not self._in_file(*self._files):
+            if time.monotonic() > end:
+                raise BackendError(f"W&B has not written its last rows within {_FILE_SECONDS:.0f} s.")
+            time.sleep(0.02)
 
 
 def _settings(wandb: Any) -> Any:
