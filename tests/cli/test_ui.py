@@ -150,6 +150,8 @@ def test_the_program_serves_tensorboard_and_ends_it(tmp_path: Path, how: signal.
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # A job that a shell runs in the background begins with SIGINT ignored, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert program.stdout is not None
