@@ -14,7 +14,7 @@ from ray_tracking.log import configure
 from ray_tracking.tracking.spec import TrackerSpec
 from ray_tracking.tracking.transport import TransportError
 
-_NICENESS = 10
+_NICENESS = 19
 _FORWARDED = ("WANDB_", "MLFLOW_", "AWS_", "GOOGLE_", "RAY_TRACKING_", "DO_NOT_TRACK")
 
 

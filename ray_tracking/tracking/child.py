@@ -28,7 +28,7 @@ from ray_tracking.tracking.transport import TransportError
 log = get_logger()
 
 _LENGTH = struct.Struct("<Q")
-_NICENESS = 10
+_NICENESS = 19
 _START_SECONDS = 60.0
 _POLL_SECONDS = 1.0
 _CHUNK = 1 << 20
