@@ -17,7 +17,7 @@ from ray_tracking.storage import Storage
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # How often Ray Train's controller looks after its workers. Its default, 2 s, is what a checkpoint report and the
 # end of a run wait for; ten times a second would cost the controller a visible share of a small machine.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it shows every print of a training function twice
 

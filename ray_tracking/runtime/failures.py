@@ -20,6 +20,7 @@ class Reason(NamedTuple):
 
 
 _NOTE = "Traceback of the training function:\n"
+_DEAD_PROCESS = re.compile(r"actor is dead because its worker process has died|actor died unexpectedly", re.IGNORECASE)
 _LOST_PEER = re.compile(r"gloo|NCCL|Connection (reset|closed) by peer|process group", re.IGNORECASE)
 
 
@@ -40,6 +41,8 @@ def reason_of_ranks(failures: Mapping[int, Exception]) -> Reason:
     """The exception of the lowest rank that failed by itself; ranks that only lost their peers come last."""
     rank, failure = min(failures.items(), key=lambda item: (bool(_LOST_PEER.search(str(item[1]))), item[0]))
     notes = [note.removeprefix(_NOTE) for note in getattr(failure, "__notes__", []) if note.startswith(_NOTE)]
+    if _DEAD_PROCESS.search(str(failure)):
+        return Reason(f"rank {rank}: the worker process died: killed, out of memory, or crashed")
     kind = type(failure).__name__
     text = _last_line(str(failure))
     summary = text if text.startswith(kind) else f"{kind}: {text}" if text else kind

@@ -1,12 +1,17 @@
 """Checkpoints of a run on Ray: asked of the strategy, copied on the training thread, written and registered beside it.
 
+Writing has a thread of its own. Ray registers one report per look of its controller and would hold back the next
+write until then: checkpoints that come faster than that would pile up in memory, and a crash would lose them.
+
 In: the live objects of `run.restore`, steps, metrics. Out: checkpoint folders below the run, reported to Ray Train.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray.train
@@ -28,6 +33,8 @@ from ray_tracking.runtime.collective import all_true, broadcast
 
 log = get_logger()
 
+_UNWRITTEN = 2
+"""Copies of the state that may wait to be written."""
 _SECONDS_ASKED_EVERY = 10
 """Steps between two looks at save_every_seconds: the ranks have to agree, which costs a message."""
 
@@ -56,6 +63,8 @@ class Saver:
         self._world_size = world_size
         self._attempt = attempt
         self._before_commit = before_commit
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
+        self._room = threading.Semaphore(_UNWRITTEN)
         self._objects: dict[str, Any] = {}
         self._last_step: int | None = None
         self._last_time = time.monotonic()
@@ -137,9 +146,13 @@ class Saver:
         )
 
     def save(self, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Copy the state now; a thread of Ray's writes it and registers the checkpoint with Ray Train."""
+        """Copy the state now; it is written, and the checkpoint registered with Ray Train, while training goes on.
+
+        Waits while earlier copies are still being written, so that memory stays bounded.
+        """
         if step == self._last_step:
             return
+        self._room.acquire()
         snapshot = capture(
             self._objects,
             step=step,
@@ -154,17 +167,20 @@ class Saver:
             self._best = value
         self._last_step, self._last_time = step, time.monotonic()
         storage = ray.train.get_context().get_storage()
+        folder = broadcast(self._folder_name(step) if self._rank == 0 else None)
+        written = self._writer.submit(self._write, snapshot, folder)
+        del snapshot  # the writer's alone: what waits to be registered must hold no copy
         ray.train.report(
             {"step": step, "epoch": epoch, **metrics},
             checkpoint=Checkpoint(storage.experiment_fs_path, storage.storage_filesystem),
-            checkpoint_dir_name=self._folder_name(step),
+            checkpoint_dir_name=folder,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=False,
-            checkpoint_upload_fn=lambda _checkpoint, folder: self._write(snapshot, folder),
+            checkpoint_upload_fn=lambda _checkpoint, name: _when_written(written, storage, name),
         )
 
     def _folder_name(self, step: int) -> str:
-        """Rank 0's choice, which Ray hands to the others: a name that no earlier try has used."""
+        """A name that no earlier try has used."""
         trial = 1
         while step_folder(step, trial) in self._taken:
             trial += 1
@@ -172,8 +188,8 @@ class Saver:
         self._taken.add(name)
         return name
 
-    def _write(self, snapshot: Snapshot, folder: str) -> Checkpoint:
-        """On Ray's upload thread. A failure is said and counted; training goes on with the checkpoints it has."""
+    def _write(self, snapshot: Snapshot, folder: str) -> None:
+        """On the writer thread. A failure is said and counted; training goes on with the checkpoints it has."""
         path = f"{self._store.folder}/{folder}" if self._store.folder else folder
         try:
             if self._rank == 0:
@@ -189,5 +205,11 @@ class Saver:
                 rank=self._rank,
                 reason=str(error),
             )
-        storage = ray.train.get_context().get_storage()
-        return Checkpoint(f"{storage.experiment_fs_path}/{folder}", storage.storage_filesystem)
+        finally:
+            self._room.release()
+
+
+def _when_written(written: Future[None], storage: Any, folder: str) -> Checkpoint:
+    """On Ray's upload thread: the checkpoint to register, once it is there."""
+    written.result()
+    return Checkpoint(f"{storage.experiment_fs_path}/{folder}", storage.storage_filesystem)
