@@ -6,23 +6,21 @@ In: a URI or path and relative names. Out: bytes, listings, and writes that are 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from ray_tracking import s3
 from ray_tracking.errors import NameRefusedError, StorageError
+from ray_tracking.writing import TEMPORARY, LocalWriting, RemoteWriting, Writing
 
 if TYPE_CHECKING:
     from pyarrow import NativeFile, fs
 
 _HAS_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 _PART = re.compile(r"[A-Za-z0-9_=@+,. -]+")
-_TEMPORARY = ".tmp-"
 
 
 class Entry(NamedTuple):
@@ -98,7 +96,7 @@ class Storage:
         return bool(self.filesystem.type_name == "local")
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _reopen, (self.uri,)
+        return reopen, (self.uri,)
 
     def __repr__(self) -> str:
         return f"Storage({without_credentials(self.uri)!r})"
@@ -151,39 +149,40 @@ class Storage:
 
     def write_bytes(self, name: str, data: bytes | memoryview) -> None:
         """Write a file whole: after the return it is durable; before, readers see the old one or none."""
-        path = self._below(name)
-        try:
-            if self.is_local:
-                _write_local(path, [data])
-            else:
-                with self.filesystem.open_output_stream(path) as stream:
-                    stream.write(data)
-        except OSError as error:
-            raise self._failure("write", path, error) from error
+        with self.create(name) as writing:
+            writing.write(data)
 
     def upload(self, source: str | os.PathLike[str], name: str, *, chunk: int = 8 << 20) -> None:
         """Copy a local file to `name`, whole or not at all, in bounded memory."""
         path = self._below(name)
         try:
-            with open(source, "rb") as reader:
-                blocks = iter(lambda: reader.read(chunk), b"")
-                if self.is_local:
-                    _write_local(path, blocks)
-                else:
-                    self._write_remote(path, blocks)
+            reader = open(source, "rb")  # noqa: SIM115
         except OSError as error:
             raise self._failure("write", path, error) from error
+        with reader, self.create(name) as writing:
+            while True:
+                try:
+                    block = reader.read(chunk)
+                except OSError as error:
+                    raise self._failure("write", path, error) from error
+                if not block:
+                    break
+                writing.write(block)
 
-    def _write_remote(self, path: str, blocks: Iterable[bytes]) -> None:
-        with self.filesystem.open_output_stream(path) as stream:
-            try:
-                for block in blocks:
-                    stream.write(block)
-            except BaseException:  # pyarrow can't abandon an object: it is closed, and then taken away
-                with contextlib.suppress(OSError):
-                    stream.close()
-                    self.filesystem.delete_file(path)
-                raise
+    def create(self, name: str, size: int | None = None) -> Writing:
+        """A file to be written in blocks: whole and durable after `commit`, absent before and after `abandon`.
+
+        `size` in bytes, if it is known, lets a full disk say so before the first block.
+        """
+        path = self._below(name)
+        try:
+            return (
+                LocalWriting(path, self._failure, size)
+                if self.is_local
+                else RemoteWriting(path, self._failure, self.filesystem)
+            )
+        except OSError as error:
+            raise self._failure("write", path, error) from error
 
     def list(self, name: str = "") -> list[Entry]:
         """What lies directly in a folder, by name; empty if there is none. Unfinished writes are left out."""
@@ -192,7 +191,7 @@ class Storage:
             entries = sorted(_list_local(path) if self.is_local else self._list_remote(path))
         except OSError as error:
             raise self._failure("list", path, error) from error
-        return [entry for entry in entries if not entry.name.startswith(_TEMPORARY)]
+        return [entry for entry in entries if not entry.name.startswith(TEMPORARY)]
 
     def _list_remote(self, path: str) -> Iterator[Entry]:
         from pyarrow import fs
@@ -278,7 +277,7 @@ def without_credentials(uri: str) -> str:
     return re.sub(r"(?<=://)[^/@?]*@", "", uri)
 
 
-def _reopen(uri: str) -> Storage:
+def reopen(uri: str) -> Storage:
     """Unpickled in another process: S3 was checked where it was opened, and may be away for a moment here."""
     return Storage._open_s3(uri, check=False) if uri.startswith("s3://") else Storage.open(uri)
 
@@ -291,42 +290,3 @@ def _list_local(path: str) -> Iterator[Entry]:
                 status = item.stat()
                 is_dir = item.is_dir()
                 yield Entry(item.name, 0 if is_dir else status.st_size, is_dir, status.st_mtime)
-
-
-def _write_local(path: str, blocks: Iterable[bytes | memoryview]) -> None:
-    """Written beside its place, made durable, renamed into place, and the rename made durable."""
-    folder = os.path.dirname(path)
-    _make_folder(folder)
-    temporary = os.path.join(folder, f"{_TEMPORARY}{secrets.token_hex(8)}")
-    try:
-        with open(temporary, "wb") as writer:
-            for block in blocks:
-                writer.write(block)
-            writer.flush()
-            os.fsync(writer.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _fsync_folder(folder)
-
-
-def _make_folder(path: str) -> None:
-    """Make a folder and its parents, each entry durable: a file is lost with the folder it lies in."""
-    if os.path.isdir(path):
-        return
-    if os.path.lexists(path):
-        raise NotADirectoryError(errno.ENOTDIR, "Not a directory", path)
-    parent = os.path.dirname(path)
-    if parent != path:
-        _make_folder(parent)
-    os.makedirs(path, exist_ok=True)
-    _fsync_folder(parent)
-
-
-def _fsync_folder(path: str) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

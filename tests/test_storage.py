@@ -14,6 +14,7 @@ import pytest
 
 from ray_tracking.errors import NameRefusedError, StorageError
 from ray_tracking.storage import Storage, check_name, without_credentials
+from ray_tracking.writing import RemoteWriting
 from tests.s3 import s3_server, s3_uri
 
 __all__ = ["s3_server", "s3_uri"]
@@ -258,15 +259,15 @@ def test_a_small_object_is_one_put_and_an_upload_that_breaks_is_taken_away(s3_se
     bucket, _, key = storage.path("small").partition("/")
     assert "-" not in s3_server.client().head_object(Bucket=bucket, Key=key)["ETag"]  # "...-1" is a multipart upload
 
-    def half(_self, path, blocks):
-        def failing():
-            yield next(iter(blocks))
+    def half(self, block):
+        if self.written:
             raise OSError(5, "Input/output error")
+        self.written = True
+        original(self, block)
 
-        return original(_self, path, failing())
-
-    original = Storage._write_remote
-    monkeypatch.setattr(Storage, "_write_remote", half)
+    original = RemoteWriting._write
+    monkeypatch.setattr(RemoteWriting, "written", False, raising=False)
+    monkeypatch.setattr(RemoteWriting, "_write", half)
     source = tmp_path / "source"
     source.write_bytes(bytes(1 << 20))
     with pytest.raises(StorageError, match="Input/output error"):
