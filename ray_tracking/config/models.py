@@ -14,10 +14,22 @@ from datetime import date
 from difflib import SequenceMatcher
 from enum import Enum
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Ge, Gt, Le, MinLen
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from ray_tracking.config.checkpoint_rules import LIMIT_BY_DEFAULT, contradictions
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +221,8 @@ class ExperimentTrackingConfig(Section):
     """Deadlines of delivery to all backends."""
 
 
-class EncryptionConfig(Section):
-    """Where the key that seals checkpoints comes from: exactly one of three. It never stands here itself."""
+class KeySource(Section):
+    """Where a key comes from: exactly one of three. The key itself never stands here."""
 
     key_file: Text | None = None
     """Path of a file that holds the key."""
@@ -220,8 +232,29 @@ class EncryptionConfig(Section):
     """Command that prints the key."""
 
     @model_validator(mode="after")
-    def _check_one(self) -> EncryptionConfig:
-        if sum(value is not None for value in (self.key_file, self.key_env, self.key_command)) != 1:
+    def _check_one(self) -> Self:
+        if self._given() != 1:
+            raise ValueError("exactly one of key_file, key_env and key_command")
+        return self
+
+    def _given(self) -> int:
+        return sum(value is not None for value in (self.key_file, self.key_env, self.key_command))
+
+
+KeySources = Annotated[tuple[KeySource, ...], Strict(False)]
+
+
+class EncryptionConfig(KeySource):
+    """The key that seals checkpoints, who else may open them, and the keys before it."""
+
+    recipients: KeySources = ()
+    """Others who can open what is saved, each with a key of their own; a list of key sources."""
+    old_keys: KeySources = ()
+    """Earlier keys, only to open what was saved with them; a list of key sources. Alone: nothing new is sealed."""
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if self._given() > 1 or (self._given() == 0 and (self.recipients or not self.old_keys)):
             raise ValueError("exactly one of key_file, key_env and key_command")
         return self
 
@@ -231,26 +264,57 @@ class CheckpointConfig(Section):
 
     save_steps: Positive | None = 1000
     """Save every n steps; null: only by the other rules."""
-    save_total_limit: Positive | None = 3
-    """How many are kept; null: all."""
+    save_total_limit: Positive | None = LIMIT_BY_DEFAULT
+    """How many are kept, the latest and the best among them; null: all. 3 gives way to keep_last and keep_best."""
     save_best_only: bool = False
-    """Save only when the monitor is better than ever before."""
+    """Save only when the monitor is better than ever before; on Ray also the newest state, to resume from."""
     monitor: Text = "val/loss"
     """The metric that says which checkpoint is best."""
     mode: Literal["min", "max"] = "min"
     """Whether the best is the smallest or the largest."""
+    save_every_seconds: Seconds | None = None
+    """Also save when this many seconds have passed since the last one; null: not."""
+    save_on_epoch_end: bool = False
+    """Also save at each epoch's end."""
+    save_on_preemption: bool = True
+    """Also save when the machine or the run is told to stop."""
+    save_on_exception: bool = True
+    """Also save when the training function raises."""
+    save_at_end: bool = True
+    """Also save when the training function has ended."""
+    keep_last: Positive | None = None
+    """Keep the n newest; null: no such rule. What any rule wants stays, the latest and the best always."""
+    keep_best: Positive | None = None
+    """Keep the n best by the monitor; null: no such rule."""
+    keep_every_steps: Positive | None = None
+    """Never delete checkpoints whose step is a multiple of this; null: no such rule."""
     checkpoint_dir: Text | None = None
     """Where a plain script keeps checkpoints; null: `checkpoints` on the storage. On Ray they lie in the run."""
     compression: Literal["zstd"] | None = None
     """Compress tensors; saves about 8 % on weights and costs time."""
     encryption: EncryptionConfig | None = None
     """Seal checkpoints with AES-256-GCM; null: not."""
-    save_every_seconds: Seconds | None = None
-    """Also save when this many seconds have passed since the last one; null: not."""
-    save_on_epoch_end: bool = False
-    """Also save at each epoch's end."""
-    keep_every_steps: Positive | None = None
-    """Never delete checkpoints whose step is a multiple of this; null: no such rule."""
+    when_busy: Literal["wait", "skip", "queue"] = "wait"
+    """A save that comes before the last one is written waits for it, is left out, or stands in line."""
+    write_deadline_secs: Seconds = 60.0
+    """Seconds after which a save that is not written yet counts as overdue and gets full priority."""
+    on_write_failure: Literal["continue", "fail"] = "continue"
+    """Whether training goes on or fails when a checkpoint can't be written; the one before it stays either way."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if problems := contradictions(self):
+            raise ValidationError.from_exception_data(
+                type(self).__name__,
+                [
+                    InitErrorDetails(
+                        type=PydanticCustomError("value_error", "{error}", {"error": problem.allowed}),
+                        input=problem.found,
+                    )
+                    for problem in problems
+                ],
+            )
+        return self
 
 
 class TrainingConfig(Section):

@@ -10,11 +10,13 @@ import sys
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from ray_tracking.config import Config, ModelConfig, Section, get_config, models
+from ray_tracking.config import Config, ModelConfig, Section, get_config, models, redact, with_overrides
+from ray_tracking.errors import ConfigError
 
 
 @pytest.fixture
@@ -93,6 +95,94 @@ def test_device(device):
     assert ModelConfig(name="a.B", device=device).device == device.lower()
 
 
+def refusal(**default: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        get_config("production", {"training.default": default})
+    return str(caught.value).removeprefix("The configuration is not valid:\n  overrides (--set): training.default")
+
+
+@pytest.mark.parametrize(
+    ("default", "text"),
+    [
+        (
+            {"save_steps": None, "save_on_preemption": False, "save_on_exception": False, "save_at_end": False},
+            ": found a mapping with the keys save_steps, save_every_seconds, save_on_epoch_end, save_on_preemption, "
+            "save_on_exception, save_at_end, allowed: at least one of them on, such as save_steps: 1000, "
+            "or nothing is ever saved.",
+        ),
+        (
+            {"save_total_limit": 7, "keep_last": 5, "keep_best": 3},
+            ": found a mapping with the keys save_total_limit, keep_last, keep_best, allowed: "
+            "a save_total_limit of at least 8 (keep_last 5 + keep_best 3) instead of 7, or null.",
+        ),
+        (
+            {"save_total_limit": 5, "keep_last": 5},
+            ": found a mapping with the keys save_total_limit, keep_last, allowed: "
+            "a save_total_limit of at least 6 (keep_last 5 + the best) instead of 5, or null.",
+        ),
+        ({"keep_last": 0}, ".keep_last: found 0 (a whole number), allowed: a whole number, at least 1, or null."),
+        ({"save_best_only": True, "monitor": ""}, '.monitor: found "" (text), allowed: text, not empty.'),
+        ({"keep_best": 2, "monitor": None}, ".monitor: found null, allowed: text, not empty."),
+        ({"when_busy": "drop"}, '.when_busy: found "drop" (text), allowed: one of wait, skip, queue.'),
+        ({"on_write_failure": "x"}, '.on_write_failure: found "x" (text), allowed: one of continue, fail.'),
+        ({"write_deadline_secs": 0}, ".write_deadline_secs: found 0 (a whole number), allowed: a number, above 0."),
+        (
+            {"encryption": {"recipients": [{"key_env": "A"}]}},
+            ".encryption: found a mapping with the keys recipients, "
+            "allowed: exactly one of key_file, key_env and key_command.",
+        ),
+        (
+            {"encryption": {"key_env": "A", "recipients": [{"key_env": "B"}, {"key_env": "C", "key_file": "c"}]}},
+            ".encryption.recipients.1: found a mapping with the keys key_env, key_file, "
+            "allowed: exactly one of key_file, key_env and key_command.",
+        ),
+        (
+            {"encryption": {"key_env": "A", "old_keys": [{}]}},
+            ".encryption.old_keys.0: found an empty mapping, "
+            "allowed: exactly one of key_file, key_env and key_command.",
+        ),
+        (
+            {"encryption": {"key_env": "A", "old_keys": {"key_env": "B"}}},
+            ".encryption.old_keys: found a mapping with the keys key_env, "
+            "allowed: a list, each item a mapping with the keys key_file, key_env, key_command.",
+        ),
+        (
+            {"encryption": {"key_env": "A", "old_keys": [{"key_fil": "B"}]}},
+            ".encryption.old_keys.0.key_fil is not a known key. "
+            "Did you mean training.default.encryption.old_keys.0.key_file? "
+            "Allowed here: key_file, key_env, key_command.",
+        ),
+    ],
+)
+def test_checkpoint_rules_that_cannot_be(default, text):
+    assert refusal(**default) == text
+
+
+def test_contradictions_are_told_together_and_by_the_name_of_the_strategy():
+    never = {"save_steps": None, "save_on_preemption": False, "save_on_exception": False, "save_at_end": False}
+    with pytest.raises(ConfigError, match=r"2 problems") as caught:
+        get_config(overrides={"training.fine": {**never, "save_total_limit": 1, "keep_last": 4}})
+    assert str(caught.value).count("training.fine: found") == 2
+
+
+def test_the_packaged_limit_gives_way():
+    """3 stands in base.yaml: whoever sets keep_last or keep_best need not take it back."""
+    section = get_config(overrides={"training.default": {"keep_last": 10, "keep_best": 5}}).training.default
+    assert (section.save_total_limit, section.keep_last, section.keep_best) == (3, 10, 5)
+    for limit in (None, 15):
+        get_config(overrides={"training.default": {"save_total_limit": limit, "keep_last": 10, "keep_best": 5}})
+
+
+def test_keys_of_an_encryption_survive_all_ways():
+    keys = {"key_file": "a", "recipients": [{"key_env": "B"}], "old_keys": [{"key_command": "c"}, {"key_file": "d"}]}
+    config = get_config(overrides={"training.default.encryption": keys})
+    encryption = config.training.default.encryption
+    assert [source.key_command for source in encryption.old_keys] == ["c", None]
+    assert Config.model_validate(config.to_dict()) == config
+    assert with_overrides(config, {"seed": 1}).training == config.training
+    assert redact(config.to_dict()) == config.to_dict(), "where a key comes from is no secret"
+
+
 def sections() -> list[type[Section]]:
     return [kind for kind in vars(models).values() if inspect.isclass(kind) and issubclass(kind, Section)]
 
@@ -101,9 +191,10 @@ def test_every_field_is_described():
     tree = ast.parse(inspect.getsource(models))
     classes = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     for kind in sections():
-        body = classes[kind.__name__].body
+        bodies = [classes[each.__name__].body for each in kind.__mro__ if each.__name__ in classes]
         described = {
             node.target.id
+            for body in bodies
             for node, following in pairwise(body)
             if isinstance(node, ast.AnnAssign)
             and isinstance(node.target, ast.Name)
