@@ -80,6 +80,11 @@ def level_name() -> str:
     return next(name for name, number in LEVELS.items() if number == _Settings.level)
 
 
+def child_settings() -> dict[str, Any]:
+    """Arguments of `configure` for a process that this one starts, as JSON can hold them."""
+    return {"level": level_name(), "json": is_json(), **_Settings.bound}
+
+
 def is_json() -> bool:
     """Whether this process logs JSON."""
     return os.environ.get(JSON_VARIABLE) == "1"

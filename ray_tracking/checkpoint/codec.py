@@ -13,11 +13,12 @@ import struct
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
+from ray_tracking.checkpoint.sharding import Piece, is_sharded, piece_of
 from ray_tracking.errors import CheckpointError
 
 MAX_DEPTH = 100
@@ -54,11 +55,20 @@ class Encoded:
     copied.
 
     `aliases`: names that are tied to another tensor of this file -> the name it is stored under.
+    `pieces`: names of sharded tensors -> this rank's part, in `tensors` too if this rank is to store it.
     """
 
     tree: Any
     tensors: dict[str, torch.Tensor]
     aliases: dict[str, str] = field(default_factory=dict)
+    pieces: dict[str, Piece] = field(default_factory=dict)
+
+
+@runtime_checkable
+class ShardedTensors(Protocol):
+    """A mapping of tensors given to `decode_state` that can also give tensors whose parts lie in several files."""
+
+    def sharded(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor: ...
 
 
 def encode_state(state: Any, name: str = "") -> Encoded:
@@ -68,7 +78,7 @@ def encode_state(state: Any, name: str = "") -> Encoded:
     """
     encoder = _Encoder()
     tree = encoder.encode(state, name, 0)
-    return Encoded(tree, encoder.tensors, encoder.aliases)
+    return Encoded(tree, encoder.tensors, encoder.aliases, encoder.pieces)
 
 
 def decode_state(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -82,6 +92,7 @@ class _Encoder:
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.aliases: dict[str, str] = {}
+        self.pieces: dict[str, Piece] = {}
         self._stored: dict[tuple[Any, ...], str] = {}
         self._open: set[int] = set()
 
@@ -98,7 +109,7 @@ class _Encoder:
         if kind in (bytes, bytearray):
             return self._bytes(value, path)
         if isinstance(value, torch.Tensor):
-            return self._tensor(value, path)
+            return self._sharded(value, path) if is_sharded(value) else self._tensor(value, path)
         if isinstance(value, np.ndarray):
             return self._array(value, path)
         if isinstance(value, np.generic):
@@ -177,10 +188,20 @@ class _Encoder:
             "tensor": self._store(tensor, path),
         }
 
+    def _sharded(self, value: torch.Tensor, path: str) -> Any:
+        piece = piece_of(value, path)
+        tree = self._tensor(piece.local, path)
+        if "dtype" in tree:
+            raise CheckpointError(f"{path} is a sharded tensor of {value.dtype}, which can't be stored.")
+        name = tree["name"]
+        self.pieces[name] = piece
+        dtype = str(value.dtype).removeprefix("torch.")
+        return {"$": "sharded", "name": name, "shape": list(piece.whole), "dtype": dtype}
+
     def _tensor(self, value: torch.Tensor, path: str) -> Any:
         plain = type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
         if not plain or value.layout is not torch.strided or value.is_meta or value.is_quantized:
-            what = "sharded, sparse, quantized, meta or of a class of its own"
+            what = "sparse, quantized, meta or of a class of its own"
             raise CheckpointError(
                 f"{path} is a {_name_of(type(value))} ({value.layout}, device {value.device}): a tensor "
                 f"that is {what} "
@@ -270,6 +291,13 @@ def _decode_deque(tree: _Tree, tensors: _Tensors) -> Any:
     return deque((_decode(item, tensors) for item in tree["items"]), maxlen=tree["maxlen"])
 
 
+def _decode_sharded(tree: _Tree, tensors: _Tensors) -> torch.Tensor:
+    """A source of tensors that knows all ranks' files puts the parts together (or gives what its user asked for)."""
+    if not isinstance(tensors, ShardedTensors):
+        raise ValueError("a sharded tensor, of which only one rank's part is at hand")
+    return tensors.sharded(tree["name"], tuple(tree["shape"]), _torch_dtype(tree["dtype"]))
+
+
 def _decode_bytes(tree: _Tree, tensors: _Tensors) -> Any:
     kind = bytes if tree["$"] == "bytes" else bytearray
     if "base64" in tree:
@@ -313,6 +341,7 @@ def _unpack_float(tree: _Tree, tensors: _Tensors) -> float:
 
 
 _DECODERS: dict[str, Callable[[_Tree, _Tensors], Any]] = {
+    "sharded": _decode_sharded,
     "dict": _decode_mapping,
     "ordered": _decode_mapping,
     "counter": _decode_mapping,

@@ -1,25 +1,28 @@
-"""Saving and loading checkpoints from a plain script: copies on the caller's thread, writes on one of its
-own.
-"""
+"""Saving and loading checkpoints from a plain script: copied on the caller's thread, written by another process."""
 
 from __future__ import annotations
 
 import atexit
 import os
-import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
+from ray_tracking.checkpoint.keys import Keyring
 from ray_tracking.checkpoint.loaded import TrainingCheckpoint
-from ray_tracking.checkpoint.manifest import CheckpointInfo
-from ray_tracking.checkpoint.retention import apply_retention
-from ray_tracking.checkpoint.state import Snapshot, capture
+from ray_tracking.checkpoint.manifest import CheckpointInfo, Manifest
+from ray_tracking.checkpoint.sizing import once_known
+from ray_tracking.checkpoint.staging import Stager
+from ray_tracking.checkpoint.state import Description, describe
 from ray_tracking.checkpoint.store import CheckpointStore
 from ray_tracking.checkpoint.strategy import CheckpointStrategy, as_mapping
-from ray_tracking.errors import CheckpointError, ConfigError, StorageError, UsageError
+from ray_tracking.checkpoint.writer import CheckpointWriter, WriterOptions
+from ray_tracking.errors import CheckpointError, UsageError
 from ray_tracking.log import get_logger
 from ray_tracking.storage import Storage
 
@@ -41,21 +44,36 @@ class CheckpointManager:
         rank: int = 0,
         world_size: int = 1,
         save_id: str = "",
+        options: WriterOptions | None = None,
+        fail_on_error: bool = False,
     ) -> None:
         self.store = store
         self.strategy = strategy or CheckpointStrategy()
         self.rank = rank
         self.world_size = world_size
+        self.failed = 0
+        """Checkpoints that could not be written."""
         self._save_id = save_id
+        self._fail_on_error = fail_on_error
         self._last_step: int | None = None
         self._last_time = time.monotonic()
         self._best: float | None = None
         self._sequence: int | None = None  # of the newest on storage; known after the first look
-        self._thread: threading.Thread | None = None
+        self._writer = CheckpointWriter(store, self.strategy, options)
+        self._written: deque[tuple[int, Future[Manifest]]] = deque()
         self._error: Exception | None = None
         self._asked: tuple[int, float] | None = None
         self._warned = False
+        self._call_off = once_known(_when_size_known(weakref.ref(self)))
         atexit.register(_finish, weakref.ref(self))
+
+    def prepare(self, **objects: Any) -> None:
+        """Provide memory for copies of these objects (model=, optimizer= ...), in the background.
+
+        By itself that happens when an optimizer has stepped twice; a first save before it takes many times longer.
+        """
+        self._call_off()
+        self._writer.prepare(Stager.size_of(self._describe(objects, 0, 0, {}, 0)))
 
     def should_save_checkpoint(self, step: int, metric: float | None = None, *, epoch_end: bool = False) -> bool:
         """Whether the strategy wants a checkpoint after `step`; `metric` is the monitor's value, needed by
@@ -69,15 +87,7 @@ class CheckpointManager:
             if value is None and not self._warned:
                 self._warned = True
                 _log.warning("save_best_only saves nothing without the metric", monitor=self.strategy.monitor)
-        reason = self.strategy.should_save(
-            step,
-            value,
-            best_so_far=self._best,
-            last_saved_step=self._last_step,
-            seconds_since_last=time.monotonic() - self._last_time,
-            epoch_end=epoch_end,
-        )
-        return reason is not None
+        return self._reason(step, value, epoch_end=epoch_end) is not None
 
     def save_checkpoint(
         self,
@@ -90,63 +100,47 @@ class CheckpointManager:
         metrics: Mapping[str, Any] | None = None,
         blocking: bool = False,
         **objects: Any,
-    ) -> str:
-        """Copy the state and write it in the background (`blocking`: before returning). Returns the
-        folder's path.
+    ) -> str | None:
+        """Copy the state; another process writes it (`blocking`: before this returns). Returns the folder's path.
 
-        Each object has `state_dict()` or is a state itself. Blocks while the previous save is still being
-        written.
-        Raises CheckpointError if that one failed, or naming the value that can't be stored; then nothing
-        was written.
+        Each object has `state_dict()` or is a state itself. While two copies are still being written: waits for the
+        older one, or with `when_busy: skip` saves nothing and returns None.
+        Raises CheckpointError naming the value that can't be stored (nothing is written then), or, with
+        `on_write_failure: fail`, if an earlier save failed.
         """
-        self.wait()
+        self._settle()
+        if self._fail_on_error:
+            self._raise_failure()
         self._look()
         given = {"model": model, "optimizer": optimizer, "scheduler": scheduler, **objects}
         if all(value is None for value in given.values()):
             raise UsageError("save_checkpoint was given nothing to save.", hint="Pass model=, optimizer= and so on.")
+        if self._writer.options.when_busy == "skip" and not blocking and not self._writer.has_room():
+            _log.warning("checkpoint skipped: the ones before it are still being written", step=step)
+            return None
         # One process numbers its saves, so that a script started over in an old directory counts as newer.
-        # Several ranks
-        # can't agree without talking; they write into their attempt's folder, where the step orders.
+        # Several ranks can't agree without talking; they write into their attempt's folder, where the step orders.
         alone = self.world_size == 1
         sequence = max(step, (self._sequence or 0) + 1) if alone else step
-        snapshot = capture(
-            given,
-            step=step,
-            epoch=epoch,
-            metrics=self._with_monitor(step, metrics or {}),
-            rank=self.rank,
-            world_size=self.world_size,
-            sequence=sequence,
-            save_id=self._save_id,
-        )
+        description = self._describe(given, step, epoch, self._with_monitor(step, metrics or {}), sequence)
+        staged = self._writer.stage(description)
         folder = self.store.new_folder(step) if alone else self.store.folder_of(step)
-        self._note(snapshot)
-        self._thread = threading.Thread(
-            target=self._write, args=(folder, snapshot), name=f"checkpoint-{step}", daemon=False
-        )
-        self._thread.start()
+        self._note(description.manifest)
+        self._written.append((step, self._writer.write(staged, folder, keep_house=self.rank == 0)))
         if blocking:
             self.wait()
         return self.store.storage.path(folder)
 
     def wait(self) -> None:
-        """Return when the last save is complete; raises CheckpointError if it failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            self._sequence = self._last_step = None  # what was noted of it did not happen: look again
-            raise CheckpointError(
-                f"The last checkpoint was not saved: {error}",
-                hint="The one before it is intact. Make room or fix the storage, then save again.",
-            ) from error
+        """Return when all saves are complete; raises CheckpointError if one failed since the last `wait`."""
+        self._settle(wait=True)
+        self._raise_failure()
 
     def load_latest_checkpoint(self) -> TrainingCheckpoint | None:
         """The newest that loads (a damaged one is named in a warning and the one before it used), None if
         there is none.
         """
-        self.wait()
+        self._settle(wait=True)
         if self.world_size == 1:
             return self.store.load_latest()
         # Each rank reads other files, so one might pass over what another takes: all of them check all files.
@@ -155,7 +149,7 @@ class CheckpointManager:
 
     def load_best_checkpoint(self) -> TrainingCheckpoint | None:
         """The best by the strategy's monitor; None if no checkpoint has a finite value of it."""
-        self.wait()
+        self._settle(wait=True)
         infos = self.store.checkpoints()
         ranked = self.strategy.ranked(infos)
         if infos and not ranked:
@@ -165,25 +159,35 @@ class CheckpointManager:
 
     def load_checkpoint(self, step: int) -> TrainingCheckpoint | None:
         """The checkpoint of `step`, None if there is none; raises CheckpointCorruptError if it is damaged."""
-        self.wait()
+        self._settle(wait=True)
         info = self.store.find(step)
         return None if info is None else self.store.load(info, rank=self.rank, world_size=self.world_size)
 
     def list_checkpoints(self) -> list[CheckpointInfo]:
         """The complete checkpoints, oldest first."""
-        self.wait()
+        self._settle(wait=True)
         return self.store.checkpoints()
 
     def verify(self, step: int | None = None) -> dict[int, list[str]]:
         """Read all bytes of all checkpoints (or of one step): step -> problems, each naming a file; empty
         lists are good.
         """
-        self.wait()
+        self._settle(wait=True)
         return {info.step: self.store.verify(info) for info in self.store.checkpoints() if step in (None, info.step)}
 
+    def pin(self, step: int) -> None:
+        """Keep the checkpoint of `step` from retention until `unpin`; CheckpointError if there is none."""
+        self.store.pin(self._known(step))
+
+    def unpin(self, step: int) -> None:
+        self.store.unpin(self._known(step))
+
     def close(self) -> None:
-        """Wait for the last save; raises like `wait`."""
-        self.wait()
+        """Wait for the saves and end the writing process; raises like `wait`."""
+        self._call_off()
+        self._settle(wait=True)
+        self._writer.close()
+        self._raise_failure()
 
     def __enter__(self) -> Self:
         return self
@@ -210,41 +214,92 @@ class CheckpointManager:
             return {**metrics, self.strategy.monitor: self._asked[1]}
         return metrics
 
-    def _note(self, snapshot: Snapshot) -> None:
-        self._last_step, self._last_time, self._sequence = snapshot.step, time.monotonic(), snapshot.sequence
-        value = snapshot.metrics.get(self.strategy.monitor)
-        if self.strategy.improves(value, self._best):
-            self._best = value
+    def _known(self, step: int) -> CheckpointInfo:
+        self._settle(wait=True)
+        info = self.store.find(step)
+        if info is None:
+            known = ", ".join(str(each.step) for each in self.store.checkpoints()) or "none"
+            raise CheckpointError(f"There is no complete checkpoint of step {step}.", hint=f"There are: {known}.")
+        return info
 
-    def _write(self, folder: str, snapshot: Snapshot) -> None:
-        try:
-            self.store.write_snapshot(folder, snapshot)
-        except Exception as error:  # noqa: BLE001 - on a thread of its own: kept for wait() and the next save
+    def _reason(self, step: int, value: float | None, *, epoch_end: bool = False) -> str | None:
+        return self.strategy.should_save(
+            step,
+            value,
+            best_so_far=self._best,
+            last_saved_step=self._last_step,
+            seconds_since_last=time.monotonic() - self._last_time,
+            epoch_end=epoch_end,
+        )
+
+    def _describe(
+        self, objects: Mapping[str, Any], step: int, epoch: int, metrics: Mapping[str, Any], sequence: int
+    ) -> Description:
+        value = metrics.get(self.strategy.monitor)
+        return describe(
+            objects,
+            step=step,
+            epoch=epoch,
+            metrics=metrics,
+            rank=self.rank,
+            world_size=self.world_size,
+            sequence=sequence,
+            save_id=self._save_id,
+            reason=self._reason(step, value) or "asked for",
+            improved=self.strategy.improves(value, self._best),
+        )
+
+    def _note(self, manifest: Manifest) -> None:
+        self._last_step, self._last_time, self._sequence = manifest.step, time.monotonic(), manifest.sequence
+        if manifest.improved:
+            self._best = manifest.metrics[self.strategy.monitor]
+
+    def _settle(self, *, wait: bool = False) -> None:
+        """Take note of the saves that have ended (`wait`: of all)."""
+        while self._written and (wait or self._written[0][1].done()):
+            step, written = self._written.popleft()
+            error = written.exception()
+            if error is None:
+                continue
+            if not isinstance(error, Exception):
+                raise error
+            self.failed += 1
             self._error = error
-            _log.warning("checkpoint not saved", step=snapshot.step, folder=folder, error=str(error))
-            return
-        if self.rank == 0:
-            try:
-                apply_retention(self.store, self.strategy)
-            except StorageError as error:
-                _log.warning("old checkpoints not deleted, tried again after the next save", error=error.message)
+            self._sequence = self._last_step = None  # what was noted of it did not happen: look again
+            _log.error("checkpoint not saved; the one before it is intact", step=step, error=str(error))
+
+    def _raise_failure(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise CheckpointError(
+                f"A checkpoint was not saved: {error}",
+                hint="The one before it is intact. Make room or fix the storage, then save again.",
+            ) from error
+
+
+def _when_size_known(reference: weakref.ref[CheckpointManager]) -> Callable[[int], None]:
+    def prepare(size: int) -> None:
+        manager = reference()
+        if manager is not None:
+            manager._writer.prepare(size // manager.world_size)
+
+    return prepare
 
 
 def _finish(reference: weakref.ref[CheckpointManager]) -> None:
-    """At exit: the writing threads are done by then (they are no daemons); say what nobody asked about."""
+    """At exit: what was asked for is written, and what failed is said."""
     manager = reference()
     if manager is not None:
-        try:
-            manager.wait()
-        except CheckpointError as error:
-            _log.error("the last checkpoint of this process is missing", reason=error.message)
+        with suppress(CheckpointError):  # said when it was noticed
+            manager.close()
 
 
-def open_store(checkpoint_dir: str | None) -> CheckpointStore:
+def open_store(checkpoint_dir: str | None, keyring: Keyring | None = None) -> CheckpointStore:
     """The store in `checkpoint_dir` (a path or URI), or in `checkpoints` below the default storage."""
     if checkpoint_dir:
-        return CheckpointStore(Storage.open(checkpoint_dir))
-    return CheckpointStore(Storage.open(os.environ.get("RAY_TRACKING_STORAGE") or "./runs").child("checkpoints"))
+        return CheckpointStore(Storage.open(checkpoint_dir), keyring=keyring)
+    storage = Storage.open(os.environ.get("RAY_TRACKING_STORAGE") or "./runs")
+    return CheckpointStore(storage.child("checkpoints"), keyring=keyring)
 
 
 def create_checkpoint_manager(config: Any = None) -> CheckpointManager:
@@ -252,10 +307,7 @@ def create_checkpoint_manager(config: Any = None) -> CheckpointManager:
     for bad values.
     """
     section = as_mapping(config)
-    for key in ("compression", "encryption"):
-        if section.get(key):
-            raise ConfigError(
-                f"training.default.{key} is set, but this version can't do it yet.",
-                hint=f"Set training.default.{key} to null.",
-            )
-    return CheckpointManager(open_store(section.get("checkpoint_dir")), CheckpointStrategy.from_config(section))
+    strategy = CheckpointStrategy.from_config(section)
+    options = WriterOptions.from_config(section)
+    store = open_store(section.get("checkpoint_dir"), options.keyring)
+    return CheckpointManager(store, strategy, options=options, fail_on_error=section.get("on_write_failure") == "fail")

@@ -14,16 +14,19 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-SCHEMA = 1
-MODEL_FILE = "model.safetensors"
-"""The weights alone, written by rank 0; opens with the plain safetensors library."""
+SCHEMA = 2
+SUFFIXES = ("", ".zst", ".enc")
+"""What a sealed file's name ends with: nothing (plain), compressed, encrypted (perhaps compressed inside)."""
 PIN_FILE = "pinned"
 """An empty file of this name in a checkpoint's folder keeps it from retention."""
 
 _STEP_FOLDER = re.compile(r"step-([0-9]{6,})(?:-try([0-9]+))?")
 _ATTEMPT_FOLDER = re.compile(r"attempt-([0-9]{3,})")
 _RANK_FILE = re.compile(r"rank-([0-9]{5})-of-([0-9]{5})\.json")
-_DATA_FILE = re.compile(r"model\.safetensors|state-[0-9]{5}\.(?:safetensors|json)")
+_DATA_FILE = re.compile(
+    r"(?:model(?:-[0-9]{5}-of-[0-9]{5})?\.safetensors|state-[0-9]{5}\.(?:safetensors|json))"
+    r"(?:\.zst|\.enc)?"
+)
 
 
 class ManifestError(ValueError):
@@ -31,16 +34,20 @@ class ManifestError(ValueError):
 
 
 class FileEntry(NamedTuple):
-    """One file of a checkpoint: size in bytes, xxh3-128 of its bytes in hex."""
+    """One file of a checkpoint: size in bytes and xxh3-128 in hex of what is stored, size before it was sealed."""
 
     size: int
     digest: str
+    raw_size: int
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What one rank wrote. `sequence` orders the checkpoints of one attempt; `save_id` is the same on every
-    rank of one save.
+    """What one rank wrote. `sequence` orders the checkpoints of one attempt.
+
+    `save_id` and `plan` (digest of the replicated state's structure) are the same on every rank of one save.
+    `reason`: why it was saved; `improved`: whether the monitor was better than ever before.
+    `encryption`: None, or {cipher, chunk, keys: [{id, wrapped}], mac}.
     """
 
     step: int
@@ -53,6 +60,11 @@ class Manifest:
     objects: tuple[str, ...]
     files: Mapping[str, FileEntry]
     save_id: str = ""
+    plan: str = ""
+    reason: str = ""
+    improved: bool = False
+    compression: str | None = None
+    encryption: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,8 @@ class CheckpointInfo:
     metrics: Mapping[str, float] = field(default_factory=dict)
     size: int = 0
     pinned: bool = False
+    reason: str = ""
+    improved: bool = False
     manifests: tuple[Manifest, ...] = field(default=(), repr=False)
 
     @property
@@ -111,7 +125,18 @@ def state_file(rank: int) -> str:
 
 
 def tensor_file(rank: int) -> str:
+    """All tensors the rank wrote but those of the model."""
     return f"state-{rank:05d}.safetensors"
+
+
+def model_file(rank: int, world_size: int) -> str:
+    """The model's tensors that the rank wrote; opens with the plain safetensors library unless it is sealed."""
+    return "model.safetensors" if world_size == 1 else f"model-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def plain_name(stored: str) -> str:
+    """A data file's name without the suffix that says how it is sealed."""
+    return stored.removesuffix(".zst").removesuffix(".enc")
 
 
 def join(*parts: str) -> str:
@@ -125,11 +150,22 @@ def digest(data: bytes | memoryview) -> str:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """JSON that carries its own digest; every byte of it is covered."""
+    return _seal(_body(manifest))
+
+
+def authenticated_bytes(manifest: Manifest) -> bytes:
+    """What `encryption["mac"]` is computed over: the whole manifest but the mac itself."""
+    body = _body(manifest)
+    body["encryption"] = {key: value for key, value in (manifest.encryption or {}).items() if key != "mac"}
+    return _dump(body)
+
+
+def _body(manifest: Manifest) -> dict[str, Any]:
     body = asdict(manifest)
     body["files"] = {name: entry._asdict() for name, entry in manifest.files.items()}
     body["metrics"] = {key: _number_out(value) for key, value in manifest.metrics.items()}
     body["schema"] = SCHEMA
-    return _seal(body)
+    return body
 
 
 def _seal(body: Mapping[str, Any]) -> bytes:
@@ -157,10 +193,15 @@ def decode_manifest(data: bytes) -> Manifest:
         intact = False
     if not intact:
         raise ManifestError("its own digest does not match: it was altered or cut")
-    if body.pop("schema") != SCHEMA:
-        raise ManifestError(f"written by a newer version of ray-tracking (this one reads schema {SCHEMA})")
+    schema = body.pop("schema")
+    if schema != SCHEMA:
+        age = "a newer" if isinstance(schema, int) and schema > SCHEMA else "another"
+        raise ManifestError(f"written by {age} version of ray-tracking (schema {schema}; this one reads {SCHEMA})")
     try:
-        files = {name: FileEntry(int(entry["size"]), str(entry["digest"])) for name, entry in body["files"].items()}
+        files = {
+            name: FileEntry(int(entry["size"]), str(entry["digest"]), int(entry["raw_size"]))
+            for name, entry in body["files"].items()
+        }
         metrics = {key: float(value) for key, value in body["metrics"].items()}
         manifest = Manifest(**{**body, "files": files, "metrics": metrics, "objects": tuple(body["objects"])})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -190,6 +231,8 @@ def combine(folder: str, attempt: int, manifests: tuple[Manifest, ...], *, pinne
         metrics=first.metrics,
         size=sum(entry.size for manifest in manifests for entry in manifest.files.values()),
         pinned=pinned,
+        reason=first.reason,
+        improved=first.improved,
         manifests=manifests,
     )
 
@@ -211,6 +254,8 @@ def why_incomplete(step: int, sizes: Mapping[str, int], manifests: Mapping[tuple
         return f"the manifest of rank {missing[0]} is not there: {rank_file(missing[0], world)}"
     if len({manifest.save_id for manifest in manifests.values()}) > 1:
         return "manifests of several saves are mixed"
+    if len({manifest.plan for manifest in manifests.values()}) > 1:
+        return "the ranks saved states of different structure"
     for (rank, _), manifest in sorted(manifests.items()):
         if (manifest.rank, manifest.world_size, manifest.step) != (rank, world, step):
             return (

@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 
+from ray_tracking.checkpoint.inplace import fit_module
+from ray_tracking.checkpoint.keys import Keyring
 from ray_tracking.checkpoint.loaded import ModelCheckpoint
 from ray_tracking.checkpoint.manager import open_store
-from ray_tracking.checkpoint.manifest import MODEL_FILE
-from ray_tracking.checkpoint.state import fit_module
+from ray_tracking.checkpoint.manifest import model_file, parse_step_folder, plain_name
+from ray_tracking.checkpoint.mapping import NotThatFileError, open_bytes
 from ray_tracking.checkpoint.store import CheckpointStore
 from ray_tracking.checkpoint.strategy import CheckpointStrategy, as_mapping
-from ray_tracking.checkpoint.tensors import unpack
+from ray_tracking.checkpoint.tensor_views import TensorFile, private_copies
 from ray_tracking.errors import CheckpointCorruptError, CheckpointError, ConfigError
 from ray_tracking.storage import Storage
 
@@ -31,16 +33,15 @@ _KEYS = ("name", "args", "weights", "device", "checkpoint_dir", "monitor", "mode
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 
 
-def create_model(config: Any) -> torch.nn.Module:
+def create_model(config: Any, *, keyring: Keyring | None = None) -> torch.nn.Module:
     """The model of `config["model"]`, on its device.
 
-    `name`: "package.module.Class" or "path/to/file.py:Class"; `args`: keyword arguments; `device`: auto,
-    cpu, cuda:0;
-    `weights`: null, "latest", "best" (by `monitor`, `mode`), a step, a checkpoint's folder or a
-    .safetensors file, where
-    the first three look in `checkpoint_dir` (the default one of `create_checkpoint_manager` if null).
-    Raises ConfigError for what is configured wrongly, CheckpointError for weights that are not there or do
-    not fit.
+    `name`: "package.module.Class" or "path/to/file.py:Class"; `args`: keyword arguments; `device`: auto, cpu, cuda:0;
+    `weights`: null, "latest", "best" (by `monitor`, `mode`), a step, a checkpoint's folder or a .safetensors file,
+    where the first three look in `checkpoint_dir` (the default one of `create_checkpoint_manager` if null).
+    `keyring` opens encrypted checkpoints.
+    Raises ConfigError for what is configured wrongly, CheckpointError for weights that are not there or do not fit,
+    CheckpointCorruptError for those that are not what was saved, WrongKeyError.
     """
     section: dict[str, Any] = {"name": config} if isinstance(config, str) else dict(as_mapping(config))
     for key in section:
@@ -57,43 +58,49 @@ def create_model(config: Any) -> torch.nn.Module:
     model = _build(_find(name), name, section.get("args") or {})
     weights = section.get("weights")
     if weights is not None:
-        loaded = load_weights(weights, section)
+        loaded = load_weights(weights, section, keyring)
         where = f"The weights {weights!r} ({loaded.path}) for {name}"
         model.load_state_dict(fit_module(model, loaded.model_state, where))
     return model.to(device)
 
 
-def load_weights(weights: str | int, section: Mapping[str, Any]) -> ModelCheckpoint:
+def load_weights(weights: str | int, section: Mapping[str, Any], keyring: Keyring | None = None) -> ModelCheckpoint:
     """The weights that `weights` names (see `create_model`). Never reads a pickle."""
     if isinstance(weights, int) and not isinstance(weights, bool):
-        return _from_store(weights, section)
+        return _from_store(weights, section, keyring)
     if not isinstance(weights, (str, os.PathLike)):
         raise ConfigError(f"model.weights: found {weights!r}; allowed: null, latest, best, a step or a path.")
     text = os.fspath(weights)
     if text in ("latest", "best"):
-        return _from_store(text, section)
+        return _from_store(text, section, keyring)
     if text.isdecimal():
-        return _from_store(int(text), section)
-    parent, _, leaf = text.rstrip("/").rpartition("/")
+        return _from_store(int(text), section, keyring)
+    parent, leaf = _split(text)
     if leaf.endswith(_PICKLES):
         raise ConfigError(
             f"model.weights: {text!r} looks like a pickle, which can run code when it is loaded; it was not opened.",
             hint="Convert it to .safetensors (safetensors.torch.save_file) and give that.",
         )
-    storage = Storage.open(parent or ("/" if text.startswith("/") else "."))
-    if leaf.endswith(".safetensors"):
-        return _from_file(storage, leaf, text)
-    found = CheckpointStore(storage).inspect(leaf)
+    if plain_name(leaf).endswith(".safetensors"):
+        return _from_file(parent, leaf, text, keyring)
+    store = CheckpointStore(Storage.open(parent), keyring=keyring)
+    found = store.inspect(leaf)
     if found.info is None:
         raise CheckpointError(
             f"model.weights: {text!r} is not a complete checkpoint: {found.reason}.",
             hint="Give a checkpoint's folder (.../step-000120), a .safetensors file, latest, best or a step.",
         )
-    return CheckpointStore(storage).load_model(found.info)
+    return store.load_model(found.info)
 
 
-def _from_store(which: str | int, section: Mapping[str, Any]) -> ModelCheckpoint:
-    store = open_store(section.get("checkpoint_dir"))
+def _split(path: str) -> tuple[str, str]:
+    """(folder, last part) of a path or URI."""
+    parent, _, leaf = path.rstrip("/").rpartition("/")
+    return parent or ("/" if path.startswith("/") else "."), leaf
+
+
+def _from_store(which: str | int, section: Mapping[str, Any], keyring: Keyring | None) -> ModelCheckpoint:
+    store = open_store(section.get("checkpoint_dir"), keyring)
     infos = store.checkpoints()
     if which == "latest":
         info = store.latest_valid()
@@ -118,19 +125,33 @@ def _from_store(which: str | int, section: Mapping[str, Any]) -> ModelCheckpoint
     return store.load_model(info)
 
 
-def _from_file(storage: Storage, name: str, shown: str) -> ModelCheckpoint:
-    """A single file; one that belongs to a checkpoint has a digest beside it, which is better: give the
-    folder then.
-    """
+def _from_file(parent: str, leaf: str, shown: str, keyring: Keyring | None) -> ModelCheckpoint:
+    """A single file. One that belongs to a complete checkpoint is read as such: verified, and with its other parts."""
+    above, folder = _split(parent)
+    if leaf.startswith("model") and parse_step_folder(folder) is not None:
+        store = CheckpointStore(Storage.open(above), keyring=keyring)
+        info = store.inspect(folder).info
+        if info is not None and any(leaf in manifest.files for manifest in info.manifests):
+            return store.load_model(info)
+    if plain_name(leaf) != leaf:
+        raise CheckpointError(
+            f"model.weights: {shown!r} is compressed or encrypted and lies in no complete checkpoint.",
+            hint="Give a checkpoint's folder (.../step-000120).",
+        )
     try:
-        data = storage.read_bytes(name)
+        with open_bytes(Storage.open(parent), leaf, None, follow_links=True) as memory:
+            file = TensorFile(memory.view)
+            copies = dict(zip(file.spans, private_copies(map(file.view, file.spans)), strict=True))
+            tied = {name: copies[kept] for name, kept in file.tied.items()}
+            del file
     except FileNotFoundError as error:
-        hint = f"A checkpoint's weights are in its {MODEL_FILE}."
+        hint = f"A checkpoint's weights are in its {model_file(0, 1)}, or in several files: give its folder."
         raise CheckpointError(f"model.weights: there is no file {shown!r}.", hint=hint) from error
-    try:
-        return ModelCheckpoint(unpack(data), path=shown)
+    except NotThatFileError as error:
+        raise CheckpointCorruptError(f"{shown} can't be read: {error}") from error
     except ValueError as error:
         raise CheckpointCorruptError(f"{shown} is {error}") from error
+    return ModelCheckpoint({**copies, **tied}, path=shown)
 
 
 def _device(name: str) -> torch.device:

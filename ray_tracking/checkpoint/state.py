@@ -8,6 +8,7 @@ No I/O. Runs on the training thread; a snapshot may then be written from any thr
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,49 +16,70 @@ from typing import Any
 import torch
 
 from ray_tracking.checkpoint.codec import Encoded, encode_state
+from ray_tracking.checkpoint.layout import FileLayout, TensorSpec, file_layout, spread
 from ray_tracking.checkpoint.loaded import TrainingCheckpoint
-from ray_tracking.checkpoint.manifest import MODEL_FILE, tensor_file
+from ray_tracking.checkpoint.manifest import Manifest, digest, model_file, tensor_file
 from ray_tracking.checkpoint.rng import capture_rng, restore_rng
-from ray_tracking.checkpoint.tensors import stage
+from ray_tracking.checkpoint.sharding import Piece
 from ray_tracking.errors import CheckpointError, MetricError, UsageError
 from ray_tracking.log import get_logger
 
 PER_RANK = frozenset({"loader"})
-"""Objects whose state is each rank's own; all others are replicated and written by rank 0."""
+"""Objects whose state is each rank's own; all others are replicated (or sharded) and written once."""
 RNG = "rng"
 """The name the random states are stored under; no object may have it."""
+_MODEL, _STATE = "model", "state"
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 _log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """Staged tensors of one safetensors file, and the names tied to one of them (left out name -> stored
-    name).
-    """
+    """The tensors of one safetensors file, still the live ones, and where each goes in it."""
 
     tensors: Mapping[str, torch.Tensor]
-    aliases: Mapping[str, str]
+    layout: FileLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """One rank's part of a checkpoint before anything is copied: what stands in it and where.
+
+    `manifest` lacks its files; `document` is the state file's JSON.
+    """
+
+    manifest: Manifest
+    document: bytes
+    files: Mapping[str, TensorFile]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return len(self.document) + sum(file.layout.size for file in self.files.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One rank's part of a checkpoint, in CPU memory, sharing nothing with the live objects.
+    """One rank's part of a checkpoint in memory that training can't change: the bytes of each file by plain name."""
 
-    `trees`: per object its file of tensors and JSON tree. `sequence` orders checkpoints (the step, unless
-    given);
-    `save_id` must be the same on every rank of one save.
-    """
+    manifest: Manifest
+    files: Mapping[str, memoryview] = field(repr=False)
 
-    step: int
-    epoch: int
-    rank: int
-    world_size: int
-    metrics: Mapping[str, float]
-    sequence: int
-    save_id: str
-    trees: Mapping[str, Mapping[str, Any]]
-    files: Mapping[str, TensorFile] = field(repr=False)
+    @property
+    def step(self) -> int:
+        return self.manifest.step
 
 
 def unwrap(model: Any) -> Any:
@@ -71,7 +93,7 @@ def unwrap(model: Any) -> Any:
             return model
 
 
-def capture(
+def describe(
     objects: Mapping[str, Any],
     *,
     step: int,
@@ -82,44 +104,118 @@ def capture(
     include_rng: bool = True,
     sequence: int | None = None,
     save_id: str = "",
-) -> Snapshot:
-    """Copy the state of `objects` ({"model": ..., "optimizer": ..., "loader": ...}; None is left out).
+    reason: str = "",
+    improved: bool = False,
+) -> Description:
+    """What this rank has to store of `objects` ({"model": ..., "optimizer": ..., "loader": ...}; None is left out).
 
-    Call it on every rank with the same objects: rank 0 takes all of them, the others only what is their own
-    (the random states and `PER_RANK`). Raises CheckpointError naming the path of a value that can't be
-    stored,
-    before anything is copied; MetricError for a metric that is no number.
+    Call it on every rank with the same objects. The random states and `PER_RANK` are each rank's own; of everything
+    else the ranks store a share each, which they know without a message. `sequence` orders checkpoints (the step,
+    unless given); `save_id` must be the same on every rank of one save.
+    Raises CheckpointError naming the path of a value that can't be stored, MetricError for a metric that is no number.
     """
     if not 0 <= rank < world_size or step < 0:
         raise UsageError(f"A checkpoint of step {step} by rank {rank} of {world_size} can't be: count ranks from 0.")
     if RNG in objects:
         raise UsageError(f"An object can't be saved as {RNG!r}: the random states have that name.")
-    chosen = {name: value for name, value in objects.items() if value is not None and (rank == 0 or name in PER_RANK)}
-    states = {name: _state_of(name, value) for name, value in chosen.items()}
+    states = {name: state_of(name, value, objects) for name, value in objects.items() if value is not None}
+    own = {name: state for name, state in states.items() if name in PER_RANK}
     if include_rng:
-        states[RNG] = capture_rng()
-    encoded: dict[str, Encoded] = {}
-    if "model" in states:
-        encoded[MODEL_FILE] = encode_state(states.pop("model"))
-    encoded[tensor_file(rank)] = encode_state(states)
-    rest = encoded[tensor_file(rank)].tree
-    trees = {name: {"file": tensor_file(rank), "tree": tree} for name, tree in rest.items()}
-    if MODEL_FILE in encoded:
-        trees["model"] = {"file": MODEL_FILE, "tree": encoded[MODEL_FILE].tree}
-    return Snapshot(
+        own[RNG] = capture_rng()
+    model = {_MODEL: states[_MODEL]} if _MODEL in states else {}
+    rest = {name: state for name, state in states.items() if name not in PER_RANK and name != _MODEL}
+    families = {_MODEL: encode_state(model.get(_MODEL)), _STATE: encode_state(rest)}
+    private = encode_state(own, f"rank-{rank:05d}")
+
+    trees: dict[str, dict[str, Any]] = {}
+    if rank == 0:
+        trees.update({name: {"file": _MODEL, "tree": families[_MODEL].tree} for name in model})
+        trees.update({name: {"file": _STATE, "tree": tree} for name, tree in families[_STATE].tree.items()})
+    trees.update({name: {"file": _STATE, "tree": tree} for name, tree in private.tree.items()})
+    pieces = {
+        name: list(piece.offset)
+        for encoded in families.values()
+        for name, piece in encoded.pieces.items()
+        if _is_stored(piece)
+    }
+    mine = _share(families, rank, world_size)
+    mine[_STATE].update(private.tensors)
+    files = {}
+    for family, plain in ((_MODEL, model_file(rank, world_size)), (_STATE, tensor_file(rank))):
+        if mine[family]:
+            files[plain] = _tensor_file(mine[family], families[family].aliases)
+    document = {"objects": trees, "pieces": pieces}
+    manifest = Manifest(
         step=step,
         epoch=epoch,
         rank=rank,
         world_size=world_size,
-        metrics=_numbers(metrics or {}),
         sequence=step if sequence is None else sequence,
+        created=0.0,
+        metrics=_numbers(metrics or {}),
+        objects=tuple(sorted(trees)),
+        files={},
         save_id=save_id,
-        trees=trees,
-        files={name: TensorFile(stage(part.tensors), part.aliases) for name, part in encoded.items() if part.tensors},
+        plan=_plan(families),
+        reason=reason,
+        improved=improved,
     )
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False).encode("ascii")
+    return Description(manifest, text, files)
 
 
-def _state_of(name: str, value: Any) -> Any:
+def capture(objects: Mapping[str, Any], **options: Any) -> Snapshot:
+    """`describe` (same arguments), and a copy of everything into fresh memory. For saves that need not be fast."""
+    from ray_tracking.checkpoint.staging import Stager
+
+    description = describe(objects, **options)
+    return Stager().stage(description, memoryview(bytearray(Stager.size_of(description))))
+
+
+def _share(families: Mapping[str, Encoded], rank: int, world_size: int) -> dict[str, dict[str, torch.Tensor]]:
+    """By family of files: the tensors that this rank stores."""
+    sizes = {
+        f"{family} {name}": tensor.nbytes
+        for family, encoded in families.items()
+        for name, tensor in encoded.tensors.items()
+        if name not in encoded.pieces
+    }
+    owners = spread(sizes, world_size)
+    return {
+        family: {
+            name: tensor
+            for name, tensor in encoded.tensors.items()
+            if (_is_stored(encoded.pieces[name]) if name in encoded.pieces else owners[f"{family} {name}"] == rank)
+        }
+        for family, encoded in families.items()
+    }
+
+
+def _is_stored(piece: Piece) -> bool:
+    return piece.stored and piece.local.numel() > 0
+
+
+def _tensor_file(tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> TensorFile:
+    specs = {
+        name: TensorSpec(_DTYPES[tensor.dtype], tuple(tensor.shape), tensor.element_size(), tensor.nbytes)
+        for name, tensor in tensors.items()
+    }
+    tied = {left_out: kept for left_out, kept in aliases.items() if kept in tensors}
+    return TensorFile(tensors, file_layout(specs, {"format": "pt", **tied}))
+
+
+def _plan(families: Mapping[str, Encoded]) -> str:
+    """A digest of what the ranks must agree on: names, dtypes and whole shapes of all that is stored once."""
+    lines = []
+    for family, encoded in families.items():
+        for name, tensor in sorted(encoded.tensors.items()):
+            shape = encoded.pieces[name].whole if name in encoded.pieces else tuple(tensor.shape)
+            lines.append(f"{family} {name} {tensor.dtype} {shape}")
+    return digest("\n".join(lines).encode())
+
+
+def state_of(name: str, value: Any, objects: Mapping[str, Any]) -> Any:
+    """The state of one of `objects`: of a model and its optimizer sharded by FSDP2, by parameter names."""
     if name.startswith("$") or not name:
         raise UsageError(f"An object can't be saved under the name {name!r}.", hint="Use a plain word.")
     value = unwrap(value)

@@ -6,8 +6,6 @@ loading.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -15,12 +13,14 @@ from typing import TYPE_CHECKING, TypeVar
 from ray_tracking.checkpoint import manifest as names
 from ray_tracking.checkpoint import reader
 from ray_tracking.checkpoint.loaded import ModelCheckpoint, TrainingCheckpoint
-from ray_tracking.checkpoint.manifest import CheckpointInfo, FileEntry, Manifest, ManifestError
+from ray_tracking.checkpoint.manifest import CheckpointInfo, Manifest, ManifestError
 from ray_tracking.errors import CheckpointCorruptError, CheckpointError
 from ray_tracking.log import get_logger
 from ray_tracking.storage import Entry, Storage
 
 if TYPE_CHECKING:
+    from ray_tracking.checkpoint.keys import Keyring
+    from ray_tracking.checkpoint.sealing import Sealing
     from ray_tracking.checkpoint.state import Snapshot
 
 _T = TypeVar("_T")
@@ -45,13 +45,15 @@ class CheckpointStore:
     writer per rank.
     """
 
-    def __init__(self, storage: Storage, folder: str = "") -> None:
+    def __init__(self, storage: Storage, folder: str = "", *, keyring: Keyring | None = None) -> None:
         if folder and names.parse_attempt_folder(folder) is None:
             raise CheckpointError(
                 f"Checkpoints can't go into the folder {folder!r}.", hint="Use attempt-001 and so on."
             )
         self.storage = storage
         self.folder = folder
+        self.keyring = keyring
+        """The keys of encrypted checkpoints, for loading."""
         self._manifests: dict[tuple[str, int, float], Manifest] = {}
 
     # -- what is there -----------------------------------------------------------------------------
@@ -127,46 +129,36 @@ class CheckpointStore:
             trial += 1
         return names.join(self.folder, names.step_folder(step, trial))
 
-    def write_snapshot(self, folder: str, snapshot: Snapshot) -> Manifest:
-        """Write one rank's part into `folder`, its manifest last; from any thread. Durable when it returns.
+    def clear(self, folder: str, rank: int, world_size: int) -> None:
+        """Make what this rank left in `folder` in an earlier try invisible, before it writes there again.
 
-        What this rank left there in an earlier try becomes invisible first; a complete checkpoint is never
-        written over.
+        A complete checkpoint is never written over: CheckpointError.
         """
-        from ray_tracking.checkpoint.tensors import pack
+        own = names.rank_file(rank, world_size)
+        if not any(entry.name == own for entry in self.storage.list(folder)):
+            return
+        if self.inspect(folder).info is not None:
+            raise CheckpointError(
+                f"{self.storage.path(folder)} already holds a complete checkpoint; it is not written over.",
+                hint="Save a later step, or take the folder from new_folder(step).",
+            )
+        self.storage.delete(names.join(folder, own))
 
-        own = names.rank_file(snapshot.rank, snapshot.world_size)
-        if any(entry.name == own for entry in self.storage.list(folder)):
-            if self.inspect(folder).info is not None:
-                raise CheckpointError(
-                    f"{self.storage.path(folder)} already holds a complete checkpoint; it is not written over.",
-                    hint="Save a later step, or take the folder from new_folder(step).",
-                )
-            self.storage.delete(names.join(folder, own))
-        entries = {}
-        for name, part in snapshot.files.items():
-            entries[name] = self._write(names.join(folder, name), pack(part.tensors, part.aliases))
-        tree = json.dumps(snapshot.trees, separators=(",", ":"), allow_nan=False).encode("ascii")
-        state = names.state_file(snapshot.rank)
-        entries[state] = self._write(names.join(folder, state), tree)
-        manifest = Manifest(
-            step=snapshot.step,
-            epoch=snapshot.epoch,
-            rank=snapshot.rank,
-            world_size=snapshot.world_size,
-            sequence=snapshot.sequence,
-            created=time.time(),
-            metrics=dict(snapshot.metrics),
-            objects=tuple(sorted(snapshot.trees)),
-            files=entries,
-            save_id=snapshot.save_id,
-        )
-        self.storage.write_bytes(names.join(folder, own), names.encode_manifest(manifest))
-        return manifest
+    def write_snapshot(self, folder: str, snapshot: Snapshot, sealing: Sealing | None = None) -> Manifest:
+        """Write one rank's part into `folder`, its manifest last; from any thread. Durable when it returns."""
+        from ray_tracking.checkpoint.part import PartWriter
+        from ray_tracking.checkpoint.sealing import Sealing
 
-    def _write(self, path: str, data: bytes) -> FileEntry:
-        self.storage.write_bytes(path, data)
-        return FileEntry(len(data), names.digest(data))
+        self.clear(folder, snapshot.manifest.rank, snapshot.manifest.world_size)
+        part = PartWriter(self.storage, folder, sealing or Sealing())
+        writing = part.write(snapshot.manifest, snapshot.files)
+        while True:
+            try:
+                next(writing)
+            except StopIteration as end:
+                manifest: Manifest = end.value
+                part.commit(manifest)
+                return manifest
 
     # -- loading -----------------------------------------------------------------------------------
 
@@ -179,12 +171,12 @@ class CheckpointStore:
         """
         from ray_tracking.checkpoint.state import PER_RANK, RNG
 
-        objects = reader.read_objects(self.storage, info, 0)
+        objects = reader.read_objects(self.storage, info, 0, keyring=self.keyring)
         rng = objects.pop(RNG, None)
         if rank > 0:
             rng = None
         if 0 < rank < info.world_size:
-            own = reader.read_objects(self.storage, info, rank)
+            own = reader.read_objects(self.storage, info, rank, keyring=self.keyring)
             rng = own.pop(RNG, None)
             if world_size in (None, info.world_size):
                 objects.update({name: state for name, state in own.items() if name in PER_RANK})
@@ -204,7 +196,7 @@ class CheckpointStore:
 
     def load_model(self, info: CheckpointInfo) -> ModelCheckpoint:
         """Only the weights; CheckpointError if the checkpoint has none."""
-        objects = reader.read_objects(self.storage, info, 0, only="model")
+        objects = reader.read_objects(self.storage, info, 0, only="model", keyring=self.keyring)
         path = self.storage.path(info.folder)
         if "model" not in objects:
             raise CheckpointError(f"The checkpoint {path} holds no model.")
@@ -235,7 +227,7 @@ class CheckpointStore:
         """Read everything and compare digests: the problems found, each naming its file; empty if it is
         what was saved.
         """
-        return reader.problems(self.storage, info)
+        return reader.problems(self.storage, info, self.keyring)
 
     def _checked(self, info: CheckpointInfo) -> CheckpointInfo:
         problems = self.verify(info)

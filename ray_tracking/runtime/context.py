@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ray_tracking.config import Config
 from ray_tracking.errors import UsageError
 from ray_tracking.log import get_logger
-from ray_tracking.runtime.collective import broadcast
+from ray_tracking.runtime.agenda import Agenda
+from ray_tracking.runtime.body import StepBody
 from ray_tracking.runtime.loader import ResumableLoader
 from ray_tracking.runtime.saving import Saver
 from ray_tracking.tracking.base import ExperimentTracker
@@ -51,6 +52,7 @@ class Run:
         tracker: ExperimentTracker,
         log_rank_metrics: Callable[..., None],
         saver: Saver,
+        agenda: Agenda,
         latest: Callable[[], dict[str, float]],
     ) -> None:
         self.config = config
@@ -62,7 +64,6 @@ class Run:
         self.attempt = attempt
         self.epoch = 0
         self.total_epochs: int | None = None
-        self.stop_requested = False
         self._position = position
         self.tracker = tracker
         self.log_metrics = tracker.log_metrics
@@ -74,12 +75,15 @@ class Run:
         self.log_image = tracker.log_image
         self.log_artifact = tracker.log_artifact
         self.checkpoints = saver
+        self._agenda = agenda
         self._latest = latest
         self._loaders: list[ResumableLoader] = []
         self._first_epoch = 0
         self._in_epochs = False
-        self._due = False
-        self._warned = False
+        self._due: str | None = None
+        self._preempted = False
+        self._prepared = False
+        self._body = StepBody()
 
     @property
     def step(self) -> int:
@@ -129,11 +133,12 @@ class Run:
         Give everything that training changes: model=, optimizer=, scheduler=, loader=, or anything with state_dict()
         and load_state_dict(). Returns whether there was a checkpoint. Raises CheckpointError if one does not fit.
         """
-        loaded = self.checkpoints.restore(objects)
-        if loaded is None:
+        self._body.watch(objects.values())
+        info = self.checkpoints.restore(objects)
+        if info is None:
             return False
-        self.step, self._first_epoch = loaded.step, loaded.epoch
-        log.info("restored", step=loaded.step, epoch=loaded.epoch, path=loaded.path)
+        self.step, self._first_epoch = info.step, info.epoch
+        log.info("restored", step=info.step, epoch=info.epoch, folder=info.folder)
         return True
 
     # --- loops ----------------------------------------------------------------------------------------------
@@ -151,21 +156,29 @@ class Run:
             # From here the position is the next epoch's beginning: that is what a checkpoint must say.
             for loader in self._loaders:
                 loader.begin_epoch(epoch + 1)
-            if self._due or self.checkpoints.is_due(self.step, self._monitored, epoch_end=True):
-                self._save(epoch + 1)
-            self._due = False
+            reason = self._due or self._why_due(epoch_end=True)
+            if reason is not None:
+                self._save(epoch + 1, reason)
+            self._due = None
             self._first_epoch = epoch + 1
 
     def steps(self, loader: Any) -> Iterator[Any]:
         """The batches left in the epoch, on the device; advances `step`, and saves as the strategy says."""
         for batch in loader:
             self.step += 1
-            yield _to_device(batch, self.device)
-            if self.checkpoints.is_due(self.step, self._monitored):
-                if self._in_epochs and getattr(loader, "finished", False):
-                    self._due = True  # saved at the epoch's end, when its validation is known
-                else:
-                    self._save(self.epoch)
+            with self._body:
+                yield _to_device(batch, self.device)
+            self._agenda.after_step()
+            if not self._prepared:
+                self._prepared = True
+                self.checkpoints.prepare()
+            reason = self._why_due()
+            if reason is None:
+                continue
+            if self._in_epochs and getattr(loader, "finished", False):
+                self._due = reason  # saved at the epoch's end, when its validation is known
+            else:
+                self._save(self.epoch, reason)
 
     def checkpoint(self, force: bool = False, metrics: Mapping[str, Any] | None = None) -> bool:
         """Save now if the strategy asks for it, or in any case with `force`. Call it after the optimizer's step.
@@ -178,16 +191,14 @@ class Run:
                 hint="Call run.restore(model=model, optimizer=optimizer, loader=loader) before the first step.",
             )
         given = {str(key): float(value) for key, value in (metrics or {}).items()}
-        monitor = self.checkpoints.strategy.monitor
-        value = given.get(monitor)
-        due = force or self.checkpoints.is_due(self.step, self._monitored if value is None else lambda: value)
-        if due:
-            self._save(self.epoch, given)
-        return due
+        value = given.get(self.checkpoints.strategy.monitor)
+        reason = "asked for" if force else self._why_due(None if value is None else lambda: value)
+        return reason is not None and self._save(self.epoch, reason, given)
 
     def should_stop(self) -> bool:
-        """Whether training has been asked to end early; the same answer on every rank."""
-        return bool(broadcast(self.stop_requested))
+        """Whether training has been asked to end early; the same answer on every rank, within about a second."""
+        self._agenda.after_step()
+        return self._agenda.stop
 
     def no_sync(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         """For gradient accumulation: no gradient exchange inside (DistributedDataParallel.no_sync)."""
@@ -196,13 +207,25 @@ class Run:
     # --- inside ---------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """After the training function: the state at its end is a checkpoint too, unless only the best are wanted."""
-        if self.checkpoints.has_objects and self.step > 0 and not self.checkpoints.strategy.save_best_only:
-            self._save(self._first_epoch)
-        elif not self.checkpoints.has_objects and self.step > 0:
+        """After the training function: the state at its end is a checkpoint too, if the strategy says so."""
+        if self.checkpoints.has_objects and self.step > 0:
+            reason = self._why_due(ended=True)
+            if reason is not None:
+                self._save(self._first_epoch, reason)
+        elif self.step > 0:
             log.warning(
                 "no checkpoint was saved: the training function never called run.restore(model=..., optimizer=...)"
             )
+        self.checkpoints.close()
+
+    def save_after(self, error: BaseException) -> None:
+        """The training function raised: keep what it had reached, if that is a state between two steps.
+
+        In the middle of a step the random numbers of half a step are drawn and its batch is lost: resumed there,
+        training would not go on as if nothing had happened. Then the last checkpoint stands.
+        """
+        if self.checkpoints.has_objects and self.step > 0 and self._body.is_whole:
+            self.checkpoints.save_alone(self.step, self.epoch, self._latest(), error)
 
     def position(self) -> dict[str, Any]:
         """Where training is, for the progress line."""
@@ -220,8 +243,24 @@ class Run:
         """The newest value of the monitor logged since the last checkpoint's step, on rank 0."""
         return self._latest().get(self.checkpoints.strategy.monitor)
 
-    def _save(self, epoch: int, metrics: Mapping[str, float] | None = None) -> None:
-        self.checkpoints.save(self.step, epoch, {**self._latest(), **(metrics or {})})
+    def _why_due(
+        self, metric: Callable[[], float | None] | None = None, *, epoch_end: bool = False, ended: bool = False
+    ) -> str | None:
+        timed, preempted = self._agenda.take()
+        if preempted and self._preempted:
+            preempted = False  # one checkpoint in time is enough; the next ones come as always
+        self._preempted = self._preempted or preempted
+        return self.checkpoints.why_due(
+            self.step,
+            metric or self._monitored,
+            epoch_end=epoch_end,
+            timed=timed,
+            preempted=preempted,
+            ended=ended,
+        )
+
+    def _save(self, epoch: int, reason: str, metrics: Mapping[str, float] | None = None) -> bool:
+        return self.checkpoints.save(self.step, epoch, {**self._latest(), **(metrics or {})}, reason)
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

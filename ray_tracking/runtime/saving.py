@@ -1,42 +1,41 @@
-"""Checkpoints of a run on Ray: asked of the strategy, copied on the training thread, written and registered beside it.
+"""Checkpoints of a run on Ray: asked of the strategy, copied on the training thread, written by another process.
 
-Writing has a thread of its own. Ray registers one report per look of its controller and would hold back the next
-write until then: checkpoints that come faster than that would pile up in memory, and a crash would lose them.
+Ray registers one report per look of its controller; a checkpoint is written at once, however slow that is.
 
 In: the live objects of `run.restore`, steps, metrics. Out: checkpoint folders below the run, reported to Ray Train.
 """
 
 from __future__ import annotations
 
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from ray_tracking.checkpoint import (
-    CheckpointStore,
-    CheckpointStrategy,
-    Snapshot,
-    TrainingCheckpoint,
-    apply_retention,
-    capture,
-    restore,
-)
-from ray_tracking.checkpoint.manifest import CheckpointInfo, step_folder
-from ray_tracking.errors import CheckpointCorruptError, RayTrackingError
+from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy
+from ray_tracking.checkpoint.inplace import load_into
+from ray_tracking.checkpoint.manifest import CheckpointInfo, Manifest, step_folder
+from ray_tracking.checkpoint.reader import OpenCheckpoint
+from ray_tracking.checkpoint.staging import Stager
+from ray_tracking.checkpoint.state import Description, describe
+from ray_tracking.checkpoint.store import Found
+from ray_tracking.checkpoint.writer import CheckpointWriter, WriterOptions
+from ray_tracking.errors import CheckpointCorruptError, CheckpointError, RayTrackingError
 from ray_tracking.log import get_logger
-from ray_tracking.runtime.collective import all_true, broadcast
+from ray_tracking.runtime.collective import all_true, broadcast, greatest
 
 log = get_logger()
 
-_UNWRITTEN = 2
-"""Copies of the state that may wait to be written."""
-_SECONDS_ASKED_EVERY = 10
-"""Steps between two looks at save_every_seconds: the ranks have to agree, which costs a message."""
+_LAST_SECONDS = 60.0
+"""The longest that a training function's exception waits for its checkpoint."""
+_OTHERS_SECONDS = 5.0
+"""How long a rank waits for the other ranks' parts of that one, before Ray ends the group because of it."""
+_READY, _NO_ROOM, _FAILED, _DIFFERENT = range(4)
+"""What a rank says before a save; the greatest decides for all."""
 
 
 class Saver:
@@ -49,11 +48,13 @@ class Saver:
         self,
         store: CheckpointStore,
         strategy: CheckpointStrategy,
+        options: WriterOptions,
         *,
         rank: int,
         world_size: int,
         attempt: int,
         before_commit: Callable[[], object],
+        fail_on_error: bool = False,
     ) -> None:
         self.strategy = strategy
         self.failed = 0
@@ -62,17 +63,19 @@ class Saver:
         self._rank = rank
         self._world_size = world_size
         self._attempt = attempt
-        self._before_commit = before_commit
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
-        self._room = threading.Semaphore(_UNWRITTEN)
+        self._before_commit = before_commit if rank == 0 else None
+        self._fail_on_error = fail_on_error
+        self._writer = CheckpointWriter(store, strategy, options)
+        self._written: deque[tuple[int, Future[Manifest]]] = deque()
+        self._failure: str | None = None
         self._objects: dict[str, Any] = {}
         self._last_step: int | None = None
         self._last_time = time.monotonic()
-        found = store.scan() if rank == 0 else []
+        found: list[Found] = broadcast(store.scan() if rank == 0 else None)
         self._taken = {item.folder.rpartition("/")[2] for item in found}
-        best = strategy.best([item.info for item in found if item.info is not None])
+        self._candidates = [item.info for item in found if item.info is not None]
+        best = strategy.best(self._candidates)
         self._best = None if best is None else best.metrics[strategy.monitor]
-        self._candidates: list[CheckpointInfo] = broadcast([item.info for item in found if item.info is not None])
 
     @property
     def newest_step(self) -> int:
@@ -82,29 +85,32 @@ class Saver:
     def _ordered(self) -> list[CheckpointInfo]:
         return sorted(self._candidates, key=lambda info: info.order, reverse=True)
 
-    def restore(self, objects: Mapping[str, Any]) -> TrainingCheckpoint | None:
+    def restore(self, objects: Mapping[str, Any]) -> CheckpointInfo | None:
         """Load the newest checkpoint that verifies on every rank into `objects`; they are what is saved from now on.
 
-        None if the run has no checkpoint yet. Raises CheckpointCorruptError if it has some and none can be used.
+        None if the run has no checkpoint yet. Raises CheckpointCorruptError if it has some and none can be used,
+        CheckpointError if one does not fit the objects.
         """
         self._objects = {name: value for name, value in objects.items() if value is not None}
         for info in self._ordered():
-            try:
-                loaded = self._store.load(info, rank=self._rank, world_size=self._world_size)
-            except (RayTrackingError, FileNotFoundError) as error:
-                log.error("checkpoint not usable, trying the one before it", step=info.step, reason=str(error))
-                loaded = None
-            if not all_true(loaded is not None) or loaded is None:
+            opened = self._open(info)
+            if not all_true(opened is not None) or opened is None:
+                if opened is not None:
+                    opened.close()
                 continue
-            restore(loaded, self._objects, rng=True)
-            self._last_step = loaded.step
-            if loaded.world_size != self._world_size:
+            with opened:
+                load_into(self._objects, opened, rank=self._rank, world_size=self._world_size)
+            self._last_step = info.step
+            # Values that an earlier attempt reached past this step count no more: they are reached again.
+            best = self.strategy.best([each for each in self._candidates if each.step <= info.step])
+            self._best = None if best is None else best.metrics[self.strategy.monitor]
+            if info.world_size != self._world_size:
                 log.warning(
                     "resumed at another world size: the samples left in the epoch are dealt anew",
-                    saved_with=loaded.world_size,
+                    saved_with=info.world_size,
                     now=self._world_size,
                 )
-            return loaded
+            return info
         if self._candidates:
             raise CheckpointCorruptError(
                 f"None of the {len(self._candidates)} checkpoints of the run can be used; starting from the beginning "
@@ -113,63 +119,89 @@ class Saver:
             )
         return None
 
+    def _open(self, info: CheckpointInfo) -> OpenCheckpoint | None:
+        """The checkpoint with everything this rank reads of it verified, None (said) if that fails."""
+        opened = OpenCheckpoint(self._store.storage, info, self._store.keyring)
+        try:
+            rank = self._rank if self._world_size == info.world_size else 0
+            opened.prefetch(name for name in self._objects if name in opened.names(rank))
+        except (RayTrackingError, FileNotFoundError) as error:
+            opened.close()
+            log.error("checkpoint not usable, trying the one before it", step=info.step, reason=str(error))
+            return None
+        return opened
+
     @property
     def has_objects(self) -> bool:
         return bool(self._objects)
 
-    def is_due(self, step: int, metric: Callable[[], float | None], *, epoch_end: bool = False) -> bool:
-        """Ask the strategy, the same answer on every rank. `metric` gives the monitor's newest value on rank 0."""
+    def prepare(self) -> None:
+        """Provide memory for the copies, in the background: after the first step, when all states exist."""
+        if self._objects:
+            self._writer.prepare(Stager.size_of(self._describe(0, 0, {}, "")))
+
+    def why_due(
+        self,
+        step: int,
+        metric: Callable[[], float | None],
+        *,
+        epoch_end: bool = False,
+        timed: bool = False,
+        preempted: bool = False,
+        ended: bool = False,
+    ) -> str | None:
+        """Ask the strategy: why a checkpoint is due, the same answer on every rank. None: it is not.
+
+        `metric` gives the monitor's newest value on rank 0; it matters only with save_best_only. `timed`: rank 0's
+        clock says that save_every_seconds have passed.
+        """
         if not self._objects:
-            return False
-        timed = self.strategy.save_every_seconds is not None and step % _SECONDS_ASKED_EVERY == 0
-        if not (timed or epoch_end or self.strategy.save_best_only):
-            return self._ask(step, None, epoch_end) is not None
-        if self.strategy.save_best_only and not epoch_end and self._could_save(step, epoch_end) is None:
-            return False
-        reason = self._ask(step, metric(), epoch_end) if self._rank == 0 else None
-        return bool(broadcast(reason))
+            return None
 
-    def _could_save(self, step: int, epoch_end: bool) -> str | None:
-        """Whether anything but the metric asks for a save: decided alike on every rank without a message."""
-        steps = self.strategy.save_steps
-        timed = self.strategy.save_every_seconds is not None and step % _SECONDS_ASKED_EVERY == 0
-        return "may be" if timed or epoch_end or (steps is not None and step % steps == 0) else None
+        def ask(value: float | None) -> str | None:
+            return self.strategy.should_save(
+                step,
+                value,
+                best_so_far=self._best,
+                last_saved_step=self._last_step,
+                seconds_since_last=self.strategy.save_every_seconds or 0.0 if timed else 0.0,
+                epoch_end=epoch_end,
+                preempted=preempted,
+                ended=ended,
+                resume_points=True,
+            )
 
-    def _ask(self, step: int, metric: float | None, epoch_end: bool) -> str | None:
-        return self.strategy.should_save(
-            step,
-            metric,
-            best_so_far=self._best,
-            last_saved_step=self._last_step,
-            seconds_since_last=time.monotonic() - self._last_time,
-            epoch_end=epoch_end,
-        )
+        reason = ask(None)
+        if reason is None or not self.strategy.save_best_only:
+            return reason
+        return str(broadcast(ask(metric()) if self._rank == 0 else None))
 
-    def save(self, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
+    def is_time(self) -> bool:
+        """Whether save_every_seconds have passed since the last save, by this rank's clock."""
+        seconds = self.strategy.save_every_seconds
+        return seconds is not None and time.monotonic() - self._last_time >= seconds
+
+    def save(self, step: int, epoch: int, metrics: Mapping[str, float], reason: str) -> bool:
         """Copy the state now; it is written, and the checkpoint registered with Ray Train, while training goes on.
 
-        Waits while earlier copies are still being written, so that memory stays bounded.
+        What happens while two copies are still being written is configured: wait, skip (False), or queue.
+        Raises CheckpointError, on all ranks, if an earlier save failed and training is to fail with it.
         """
         if step == self._last_step:
-            return
-        self._room.acquire()
-        snapshot = capture(
-            self._objects,
-            step=step,
-            epoch=epoch,
-            metrics=metrics,
-            rank=self._rank,
-            world_size=self._world_size,
-            save_id=f"attempt-{self._attempt}",
-        )
-        value = metrics.get(self.strategy.monitor)
-        if self.strategy.improves(value, self._best):
-            self._best = value
+            return False
+        description = self._describe(step, epoch, metrics, reason)
+        if not self._agree(step, description):
+            return False
+        folder = self._new_folder(step)
+        staged = self._writer.stage(description)
+        if description.manifest.improved:
+            self._best = description.manifest.metrics[self.strategy.monitor]
         self._last_step, self._last_time = step, time.monotonic()
+        written = self._writer.write(
+            staged, self._path(folder), before_commit=self._before_commit, keep_house=self._rank == 0
+        )
+        self._written.append((step, written))
         storage = ray.train.get_context().get_storage()
-        folder = broadcast(self._folder_name(step) if self._rank == 0 else None)
-        written = self._writer.submit(self._write, snapshot, folder)
-        del snapshot  # the writer's alone: what waits to be registered must hold no copy
         ray.train.report(
             {"step": step, "epoch": epoch, **metrics},
             checkpoint=Checkpoint(storage.experiment_fs_path, storage.storage_filesystem),
@@ -178,38 +210,109 @@ class Saver:
             delete_local_checkpoint_after_upload=False,
             checkpoint_upload_fn=lambda _checkpoint, name: _when_written(written, storage, name),
         )
+        return True
 
-    def _folder_name(self, step: int) -> str:
-        """A name that no earlier try has used."""
+    def save_alone(self, step: int, epoch: int, metrics: Mapping[str, float], error: BaseException) -> None:
+        """Save after an exception without a word to the other ranks, which may never come: complete if all of them do.
+
+        Does not raise: the exception is what matters.
+        """
+        reason = self.strategy.should_save(
+            step,
+            metrics.get(self.strategy.monitor),
+            best_so_far=self._best,
+            last_saved_step=self._last_step,
+            failed=True,
+            resume_points=True,
+        )
+        if reason is None or not self.strategy.save_on_exception:
+            return
+        try:
+            folder = self._path(self._new_folder(step))
+            staged = self._writer.stage(self._describe(step, epoch, metrics, f"{reason}: {type(error).__name__}"))
+            self._writer.write(staged, folder, before_commit=self._before_commit).result(_LAST_SECONDS)
+            end = time.monotonic() + _OTHERS_SECONDS
+            while self._store.inspect(folder).info is None and time.monotonic() < end:
+                time.sleep(0.1)
+        except (RayTrackingError, TimeoutError, OSError) as failure:
+            log.warning("no checkpoint after the exception; the last one stands", reason=str(failure))
+
+    def close(self) -> None:
+        """Wait until everything is written. Raises CheckpointError if a save failed and the run is to fail with it."""
+        self._settle(wait=True)
+        self._writer.close()
+        if self._failure is not None and self._fail_on_error:
+            raise CheckpointError(self._failure)
+
+    def _describe(self, step: int, epoch: int, metrics: Mapping[str, float], reason: str) -> Description:
+        return describe(
+            self._objects,
+            step=step,
+            epoch=epoch,
+            metrics=metrics,
+            rank=self._rank,
+            world_size=self._world_size,
+            save_id=f"attempt-{self._attempt}",
+            reason=reason,
+            improved=self.strategy.improves(metrics.get(self.strategy.monitor), self._best),
+        )
+
+    def _agree(self, step: int, description: Description) -> bool:
+        """Whether all ranks save; False if one of them has no room and the save is to be skipped."""
+        plan = broadcast(description.manifest.plan if self._rank == 0 else None)
+        self._settle()
+        state = _READY
+        if description.manifest.plan != plan:
+            state = _DIFFERENT
+        elif self._failure is not None and self._fail_on_error:
+            state = _FAILED
+        elif self._writer.options.when_busy == "skip" and not self._writer.has_room():
+            state = _NO_ROOM
+        worst = greatest(state)
+        if worst == _NO_ROOM:
+            log.warning("checkpoint skipped: the ones before it are still being written", step=step)
+            return False
+        if worst == _FAILED:
+            raise CheckpointError(
+                self._failure or "A checkpoint could not be saved on another rank; its log says why.",
+                hint="Make room or fix the storage, then resume. on_write_failure: continue would train on.",
+            )
+        if worst == _DIFFERENT:
+            raise CheckpointError(
+                "The ranks hold states of different structure, so no checkpoint of them can be complete.",
+                hint="Build model, optimizer and everything given to run.restore alike on every rank.",
+            )
+        return True
+
+    def _new_folder(self, step: int) -> str:
+        """A name that no earlier try has used, the same on every rank."""
         trial = 1
         while step_folder(step, trial) in self._taken:
             trial += 1
-        name = step_folder(step, trial)
-        self._taken.add(name)
-        return name
+        self._taken.add(step_folder(step, trial))
+        return step_folder(step, trial)
 
-    def _write(self, snapshot: Snapshot, folder: str) -> None:
-        """On the writer thread. A failure is said and counted; training goes on with the checkpoints it has."""
-        path = f"{self._store.folder}/{folder}" if self._store.folder else folder
-        try:
-            if self._rank == 0:
-                self._before_commit()
-            self._store.write_snapshot(path, snapshot)
-            if self._rank == 0:
-                apply_retention(self._store, self.strategy)
-        except (RayTrackingError, OSError) as error:
+    def _path(self, folder: str) -> str:
+        return f"{self._store.folder}/{folder}" if self._store.folder else folder
+
+    def _settle(self, *, wait: bool = False) -> None:
+        """Take note of the saves that have ended (`wait`: of all). A failure is said and counted."""
+        while self._written and (wait or self._written[0][1].done()):
+            step, written = self._written.popleft()
+            error = written.exception()
+            if error is None:
+                continue
             self.failed += 1
+            self._failure = f"The checkpoint of step {step} could not be saved: {error}"
             log.error(
                 "checkpoint not saved; training goes on, the one before it is intact",
-                step=snapshot.step,
+                step=step,
                 rank=self._rank,
                 reason=str(error),
             )
-        finally:
-            self._room.release()
 
 
-def _when_written(written: Future[None], storage: Any, folder: str) -> Checkpoint:
-    """On Ray's upload thread: the checkpoint to register, once it is there."""
-    written.result()
+def _when_written(written: Future[Manifest], storage: Any, folder: str) -> Checkpoint:
+    """On Ray's upload thread: the checkpoint to register, once it is there (a failure is said where it is settled)."""
+    written.exception()
     return Checkpoint(f"{storage.experiment_fs_path}/{folder}", storage.storage_filesystem)

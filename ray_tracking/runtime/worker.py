@@ -15,13 +15,17 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train.v2._internal.execution import context as report_context
+from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
 from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy
+from ray_tracking.checkpoint.writer import WriterOptions
 from ray_tracking.config import Config
 from ray_tracking.errors import JournalError
 from ray_tracking.log import configure, is_debug
 from ray_tracking.runs.store import RunStore
+from ray_tracking.runtime import collective
 from ray_tracking.runtime.actor import ActorTransport
+from ray_tracking.runtime.agenda import PREEMPTED, STOP, TIMED, Agenda
 from ray_tracking.runtime.collective import broadcast
 from ray_tracking.runtime.context import Position, Run
 from ray_tracking.runtime.failures import note_traceback
@@ -72,6 +76,7 @@ def work(loop_config: Mapping[str, Any]) -> None:
         os.environ.setdefault(name, value)
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    collective.start()
     transport = ActorTransport(task.actor)
     attempt = broadcast(transport.call("begin_attempt", world_size) if rank == 0 else None)
     configure(
@@ -87,14 +92,19 @@ def work(loop_config: Mapping[str, Any]) -> None:
     _seed(task.config.seed, rank)
     directory = RunStore(Storage.open(task.storage)).directory(task.run_id)
     sender = Sender(transport, rank=rank, attempt=attempt)
+    rules = task.config.training.default
+    options = WriterOptions.from_config(rules)
     saver = Saver(
-        CheckpointStore(directory, os.path.basename(context.get_storage().experiment_fs_path)),
-        CheckpointStrategy.from_config(task.config.training.default),
+        CheckpointStore(directory, os.path.basename(context.get_storage().experiment_fs_path), keyring=options.keyring),
+        CheckpointStrategy.from_config(rules),
+        options,
         rank=rank,
         world_size=world_size,
         attempt=attempt,
         before_commit=lambda: _all_journaled(sender),  # rank 0's: the others' own numbers are no part of a curve
+        fail_on_error=rules.on_write_failure == "fail",
     )
+    signals = _Signals(saver)
     position = Position()
     logger = RunLogger(sender, position, directory.child("artifacts"))
     tracker: ExperimentTracker = NoopTracker()
@@ -114,27 +124,41 @@ def work(loop_config: Mapping[str, Any]) -> None:
         tracker=tracker,
         log_rank_metrics=logger.log_rank_metrics,
         saver=saver,
+        agenda=Agenda(signals.look),
         latest=sender.latest if rank == 0 else dict,
     )
     run.log_params(run.params)
     over = threading.Event()
     if rank == 0:
-        threading.Thread(target=_tell_progress, args=(run, transport, over), daemon=True).start()
+        threading.Thread(target=_tell_progress, args=(run, signals, transport, over), daemon=True).start()
     try:
         task.train(run)
         run.finish()
     except Exception as error:
         note_traceback(error)
+        run.save_after(error)
         raise
     finally:
         over.set()
         sender.close()
 
 
-def _tell_progress(run: Run, transport: ActorTransport, over: threading.Event) -> None:
+class _Signals:
+    """What rank 0 looks at when the ranks meet."""
+
+    def __init__(self, saver: Saver) -> None:
+        self.stop_requested = False
+        self._saver = saver
+
+    def look(self) -> int:
+        preempted = get_internal_train_context().preemption_context.preemption_info is not None
+        return TIMED * self._saver.is_time() | PREEMPTED * preempted | STOP * self.stop_requested
+
+
+def _tell_progress(run: Run, signals: _Signals, transport: ActorTransport, over: threading.Event) -> None:
     while not over.wait(_PROGRESS_SECONDS):
         try:
-            run.stop_requested = bool(transport.call("report_progress", run.position(), timeout=5.0))
+            signals.stop_requested = bool(transport.call("report_progress", run.position(), timeout=5.0))
         except TransportError:
             continue  # the tracker restarts; the sender says so
 

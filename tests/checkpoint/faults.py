@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from ray_tracking.storage import Storage
+from ray_tracking.writing import Writing
 
 
 class Killed(BaseException):
@@ -14,12 +14,12 @@ class Killed(BaseException):
 
 
 class KillingStorage(Storage):
-    """Local storage that raises Killed at write or delete number `at` (from 1); `count` were begun.
+    """A storage that raises Killed at write or delete number `at` (from 1); `count` were begun.
 
     `when="during"` leaves what a file system without atomic rename would: half a file or folder.
     """
 
-    def __init__(self, root: Path, at: int = 0, when: str = "before") -> None:
+    def __init__(self, root: Path | str, at: int = 0, when: str = "before") -> None:
         opened = Storage.open(root)
         super().__init__(opened.filesystem, opened.root, opened.uri)
         self.at, self.when, self.count = at, when, 0
@@ -36,15 +36,9 @@ class KillingStorage(Storage):
         if self._now("after"):
             raise Killed
 
-    def write_bytes(self, name: str, data: bytes | memoryview) -> None:
+    def create(self, name: str, size: int | None = None) -> Writing:
         self._begin()
-        if self._now("during"):
-            path = Path(self.path(name))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(bytes(data)[: len(data) // 2])
-            raise Killed
-        super().write_bytes(name, data)
-        self._end()
+        return KillingWriting(super().create(name, size), self, name)
 
     def delete(self, name: str) -> None:
         self._begin()
@@ -54,12 +48,41 @@ class KillingStorage(Storage):
     def delete_dir(self, name: str) -> None:
         self._begin()
         if self._now("during"):
-            files = sorted(Path(self.path(name)).iterdir())
+            files = [entry.name for entry in self.list(name)]
             for file in files[: len(files) // 2]:
-                os.unlink(file)
+                super().delete(f"{name}/{file}")
             raise Killed
         super().delete_dir(name)
         self._end()
+
+
+class KillingWriting(Writing):
+    """A file of a KillingStorage; the kill "during" it falls between its blocks and its name."""
+
+    def __init__(self, real: Writing, storage: KillingStorage, name: str) -> None:
+        self._real = real
+        self._storage = storage
+        self._name = name
+        self._data = b""
+        self._kill = storage._now("during")
+        self._kill_after = storage._now("after")
+
+    def write(self, block: bytes | memoryview) -> None:
+        self._data += bytes(block)
+        self._real.write(block)
+
+    def commit(self) -> None:
+        if self._kill:
+            # Both what a kill leaves here, an unfinished file beside, and what a file system without rename would.
+            plain = Storage.open(self._storage.uri)
+            plain.write_bytes(self._name, self._data[: len(self._data) // 2])
+            raise Killed
+        self._real.commit()
+        if self._kill_after:
+            raise Killed
+
+    def abandon(self) -> None:
+        """A process that is killed tidies nothing up."""
 
 
 def kill_points(limit: int = 200) -> Iterator[tuple[int, str]]:

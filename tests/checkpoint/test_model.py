@@ -9,11 +9,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from ray_tracking.checkpoint.keys import Key, Keyring, WrongKeyError
 from ray_tracking.checkpoint.manager import CheckpointManager
-from ray_tracking.checkpoint.model import create_model
+from ray_tracking.checkpoint.model import create_model, load_weights
 from ray_tracking.checkpoint.store import CheckpointStore
 from ray_tracking.errors import CheckpointCorruptError, CheckpointError, ConfigError
 from ray_tracking.storage import Storage
+
+from . import by_hand
 
 LINEAR: dict[str, Any] = {
     "name": "torch.nn.Linear",
@@ -65,6 +68,70 @@ def test_a_plain_safetensors_file_with_the_ddp_prefix(tmp_path: Path) -> None:
     path = tmp_path / "theirs.safetensors"
     safetensors.torch.save_file({"module.weight": torch.full((2, 3), 9.0), "module.bias": torch.zeros(2)}, path)
     assert value(create_model({**LINEAR, "weights": str(path)})) == 9
+
+
+def test_a_plain_file_with_tied_names(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
+            self.b.weight = self.a.weight
+
+    path = tmp_path / "tied.safetensors"
+    safetensors.torch.save_model(Tied(), str(path))
+    loaded = load_weights(str(path), {}).model_state
+    assert sorted(loaded) == ["a.bias", "a.weight", "b.bias", "b.weight"]
+    assert loaded["a.weight"] is loaded["b.weight"]
+    path.unlink()
+    assert loaded["a.weight"].isfinite().all()
+
+
+KEYS = Keyring(Key(bytes(range(32))))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("how", [{}, {"compression": "zstd"}, {"keyring": KEYS}], ids=["plain", "zstd", "encrypted"])
+def test_a_checkpoint_of_any_layout(tmp_path: Path, how: dict[str, Any], world_size: int) -> None:
+    state = {"weight": torch.full((2, 3), 8.0), "bias": torch.zeros(2)}
+    info = by_hand.write(tmp_path, {"model": state, "ema": state}, world_size=world_size, **how)
+    files = sorted(path.name for path in (tmp_path / info.folder).glob("model*"))
+    assert len(files) == world_size
+    for weights in (f"{tmp_path}/{info.folder}", *(f"{tmp_path}/{info.folder}/{file}" for file in files)):
+        assert value(create_model({**LINEAR, "weights": weights}, keyring=KEYS)) == 8
+    assert value(create_model({**LINEAR, "weights": "latest", "checkpoint_dir": str(tmp_path)}, keyring=KEYS)) == 8
+    if "keyring" in how:
+        with pytest.raises(WrongKeyError, match="is encrypted for"):
+            create_model({**LINEAR, "weights": weights})
+    path = tmp_path / info.folder / files[-1]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointCorruptError, match=f"{path}"):
+        create_model({**LINEAR, "weights": str(path)}, keyring=KEYS)
+
+
+def test_a_sealed_file_alone(tmp_path: Path) -> None:
+    state = {"weight": torch.full((2, 3), 8.0), "bias": torch.zeros(2)}
+    info = by_hand.write(tmp_path / "a", {"model": state}, compression="zstd")
+    path = (tmp_path / "a" / info.folder / "model.safetensors.zst").rename(tmp_path / "model.safetensors.zst")
+    with pytest.raises(CheckpointError, match="is compressed or encrypted and lies in no complete checkpoint"):
+        create_model({**LINEAR, "weights": str(path)})
+
+
+def test_a_plain_file_of_a_checkpoint_alone(tmp_path: Path) -> None:
+    """As someone copies it elsewhere: checked as any safetensors file is."""
+    state = {"weight": torch.full((2, 3), 8.0), "bias": torch.zeros(2)}
+    info = by_hand.write(tmp_path / "a", {"model": state})
+    path = (tmp_path / "a" / info.folder / "model.safetensors").rename(tmp_path / "mine.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(path)
+    assert value(create_model({**LINEAR, "weights": str(tmp_path / "link.safetensors")})) == 8
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointCorruptError, match=r"mine\.safetensors is not a safetensors file"):
+        create_model({**LINEAR, "weights": str(path)})
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointCorruptError, match=r"mine\.safetensors can't be read: it is a folder"):
+        create_model({**LINEAR, "weights": str(path)})
 
 
 @pytest.mark.parametrize(

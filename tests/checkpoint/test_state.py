@@ -212,8 +212,8 @@ def test_a_foreign_optimizer_state_is_named(store: CheckpointStore) -> None:
 
 def test_other_ranks_take_only_what_is_their_own() -> None:
     objects = {"model": net(), "loader": {"position": 3}, "scheduler": None}
-    assert set(capture(objects, step=1, rank=0, world_size=2).trees) == {"model", "loader", "rng"}
-    assert set(capture(objects, step=1, rank=1, world_size=2).trees) == {"loader", "rng"}
+    assert capture(objects, step=1, rank=0, world_size=2).manifest.objects == ("loader", "model", "rng")
+    assert capture(objects, step=1, rank=1, world_size=2).manifest.objects == ("loader", "rng")
 
 
 def test_wrong_use() -> None:
@@ -225,7 +225,7 @@ def test_wrong_use() -> None:
         capture({"rng": {}}, step=1)
     with pytest.raises(CheckpointError, match=r"scheduler\.fn is a function"):
         capture({"scheduler": {"fn": net}}, step=1)
-    assert capture({"model": {}}, step=1, metrics={"loss": torch.tensor(0.5)}).metrics == {"loss": 0.5}
+    assert capture({"model": {}}, step=1, metrics={"loss": torch.tensor(0.5)}).manifest.metrics == {"loss": 0.5}
 
 
 def test_listing_needs_no_torch(tmp_path: Path) -> None:

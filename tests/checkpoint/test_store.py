@@ -14,6 +14,7 @@ import torch
 
 from ray_tracking.checkpoint import manifest as names
 from ray_tracking.checkpoint.retention import apply_retention, gc
+from ray_tracking.checkpoint.state import capture
 from ray_tracking.checkpoint.store import CheckpointStore
 from ray_tracking.checkpoint.strategy import CheckpointStrategy
 from ray_tracking.errors import CheckpointCorruptError, CheckpointError
@@ -44,18 +45,36 @@ def is_of_step(checkpoint: Any, step: int) -> bool:
 def test_layout_and_plain_weights(store: CheckpointStore, save: Save) -> None:
     folder = save(store, 120, world_size=2)
     assert folder == "step-000120"
-    assert sorted(os.listdir(root(store) / folder)) == [
-        "model.safetensors",
-        "rank-00000-of-00002.json",
-        "rank-00001-of-00002.json",
-        "state-00000.json",
-        "state-00000.safetensors",
-        "state-00001.json",
-        "state-00001.safetensors",
-    ]
-    weights = safetensors.torch.load_file(root(store) / folder / "model.safetensors")
+    assert sorted(os.listdir(root(store) / folder)) == sorted(FILES)
+    weights = safetensors.torch.load_file(root(store) / folder / "model-00000-of-00002.safetensors")
     assert sorted(weights) == ["bias", "weight"]
     assert torch.equal(weights["weight"], torch.full((4, 3), 120.0))
+    alone = save(store, 121)
+    weights = safetensors.torch.load_file(root(store) / alone / "model.safetensors")
+    assert sorted(weights) == ["bias", "weight"]
+
+
+def test_what_is_replicated_is_written_once_and_spread(store: CheckpointStore) -> None:
+    objects = {"model": {f"w{i}": torch.full((1000,), float(i)) for i in range(8)}, "loader": {"p": torch.arange(3.0)}}
+    for rank in range(4):
+        store.write_snapshot("step-000001", capture(objects, step=1, rank=rank, world_size=4))
+    (info,) = store.checkpoints()
+    shares = [
+        safetensors.torch.load_file(root(store) / info.folder / f"model-{rank:05d}-of-00004.safetensors")
+        for rank in range(4)
+    ]
+    assert [len(share) for share in shares] == [2, 2, 2, 2]
+    assert sorted(name for share in shares for name in share) == sorted(objects["model"])
+    loaded = store.load(info, rank=3, world_size=4)
+    assert all(torch.equal(loaded.model_state[name], value) for name, value in objects["model"].items())
+    assert torch.equal(loaded.objects["loader"]["p"], torch.arange(3.0))
+
+
+def test_ranks_of_different_structure_are_no_checkpoint(store: CheckpointStore) -> None:
+    for rank, size in ((0, 3), (1, 4)):
+        part = capture({"model": {"w": torch.zeros(size)}}, step=1, rank=rank, world_size=2)
+        store.write_snapshot("step-000001", part)
+    assert store.scan()[0].reason == "the ranks saved states of different structure"
 
 
 def test_tied_weights_open_with_safetensors_alone(store: CheckpointStore, tmp_path: Path) -> None:
@@ -65,8 +84,6 @@ def test_tied_weights_open_with_safetensors_alone(store: CheckpointStore, tmp_pa
             self.embed = torch.nn.Embedding(5, 3)
             self.head = torch.nn.Linear(3, 5, bias=False)
             self.head.weight = self.embed.weight
-
-    from ray_tracking.checkpoint.state import capture
 
     model = Tied()
     store.write_snapshot("step-000001", capture({"model": model}, step=1))
@@ -175,7 +192,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "last bit": lambda path: flip(path, path.stat().st_size - 1),
 }
 FILES = [
-    "model.safetensors",
+    "model-00000-of-00002.safetensors",
     "rank-00000-of-00002.json",
     "rank-00001-of-00002.json",
     "state-00000.json",
@@ -233,7 +250,7 @@ def test_a_newer_schema_is_skipped(
     store: CheckpointStore, save: Save, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(store, 5)
-    monkeypatch.setattr(names, "SCHEMA", 2)
+    monkeypatch.setattr(names, "SCHEMA", names.SCHEMA + 1)
     save(store, 6)
     monkeypatch.undo()
     latest = CheckpointStore(store.storage).load_latest()
@@ -272,7 +289,7 @@ def test_a_pickle_is_refused_and_not_run(
         rank = 1 if "00001" in file else 0
         path = folder / names.rank_file(rank, 2)
         body = json.loads(path.read_bytes())
-        body["files"][file] = {"size": len(payload), "digest": names.digest(payload)}
+        body["files"][file] = {"size": len(payload), "digest": names.digest(payload), "raw_size": len(payload)}
         del body["digest"]
         path.write_bytes(names._seal(body))
         assert store.checkpoints() != []
@@ -294,7 +311,7 @@ def test_a_manifest_cannot_name_files_outside(store: CheckpointStore, save: Save
     path = root(store) / "step-000005" / "rank-00000-of-00001.json"
     for evil in ("../secret", "/etc/passwd", "model.pt"):
         body = json.loads(path.read_bytes())
-        body["files"] = {evil: {"size": 1, "digest": "00"}}
+        body["files"] = {evil: {"size": 1, "digest": "00", "raw_size": 1}}
         del body["digest"]
         with pytest.raises(names.ManifestError, match="names a file"):
             names.decode_manifest(names._seal(body))

@@ -1,0 +1,229 @@
+"""Putting a stored state into live objects: straight from the files, each byte copied once.
+
+In: live objects with `load_state_dict()`, an `OpenCheckpoint` or a loaded checkpoint. Out: the objects, changed in
+place, none of which holds a tensor of the files or of the loaded checkpoint afterwards. For the training thread.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+
+from ray_tracking.checkpoint.loaded import TrainingCheckpoint
+from ray_tracking.checkpoint.reader import Local, OpenCheckpoint
+from ray_tracking.checkpoint.rng import restore_rng
+from ray_tracking.checkpoint.state import RNG, unwrap
+from ray_tracking.checkpoint.tensor_views import private_copies
+from ray_tracking.errors import CheckpointError, UsageError
+from ray_tracking.log import get_logger
+
+_UNFIT = (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError)
+_EXTRA_STATE = "_extra_state"  # the end of the key of what a module gives from get_extra_state()
+_log = get_logger()
+
+
+def load_into(
+    objects: Mapping[str, Any],
+    opened: OpenCheckpoint,
+    *,
+    rank: int = 0,
+    world_size: int | None = None,
+    rng: bool = True,
+    local: Local | None = None,
+) -> None:
+    """Put the stored states into `objects`, in place (None is left out); other states of the checkpoint are ignored.
+
+    `rank` of `world_size` (that of the save, if None) is who restores. At another world size the objects that each
+    rank has of its own are rank 0's; with `rng` the random states of the same rank are set last, if it was there.
+    `local` gives what stands for a sharded tensor (see `OpenCheckpoint.state`).
+    Every file is verified, and all that can be is checked, before the first object changes: CheckpointCorruptError
+    names a file, CheckpointError a missing object or the parameters that do not fit.
+    """
+    info = opened.info
+    source = rank if world_size in (None, info.world_size) else 0
+    where = f"The checkpoint of step {info.step} ({opened.path})"
+    wanted = _wanted(objects, [name for name in opened.names(source) if name != RNG], where)
+    opened.prefetch(wanted, source)
+    states = {name: opened.state(name, source, copy=False, local=local) for name in wanted}
+    random_states = None
+    if rng and rank < info.world_size and RNG in opened.names(rank):
+        random_states = opened.state(RNG, rank)
+    _put(wanted, states, where)
+    _put_rng(rng, random_states, info.step)
+
+
+def restore(checkpoint: TrainingCheckpoint, objects: Mapping[str, Any], *, rng: bool = True) -> None:
+    """`load_into` from a checkpoint in memory, which can be used again."""
+    where = f"The checkpoint of step {checkpoint.step} ({checkpoint.path})"
+    wanted = _wanted(objects, checkpoint.objects, where)
+    _put(wanted, {name: checkpoint.objects[name] for name in wanted}, where)
+    _put_rng(rng, checkpoint.rng, checkpoint.step)
+
+
+def fit_module(module: torch.nn.Module, state: Any, where: str) -> Any:
+    """`state` as `module` wants it (a `module.` prefix of DDP removed); CheckpointError naming what does not fit."""
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{where}: the stored state is a {type(state).__name__}, not a module's state.")
+    own = module.state_dict()
+    if state and all(str(key).startswith("module.") for key in state) and not any(key in own for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key} is {list(value.shape)} in the checkpoint and {list(own[key].shape)} in the module"
+        for key, value in state.items()
+        if key in own and hasattr(value, "shape") and hasattr(own[key], "shape") and value.shape != own[key].shape
+    ]
+    problems = shapes + [f"{key} is not in the checkpoint" for key in missing]
+    problems += [f"{key} is not in the module" for key in unexpected]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise CheckpointError(
+            f"{where} does not fit: {shown}.", hint="Build the module with the arguments it was trained with."
+        )
+    return state
+
+
+def _wanted(objects: Mapping[str, Any], stored: Any, where: str) -> dict[str, Any]:
+    """The objects to load, unwrapped."""
+    wanted = {name: unwrap(value) for name, value in objects.items() if value is not None}
+    for name, value in wanted.items():
+        if name not in stored:
+            raise CheckpointError(
+                f"{where} has no state for {name!r}; it holds: {', '.join(sorted(stored)) or 'nothing'}.",
+                hint=f"Restore without {name}=, or save it with the checkpoint.",
+            )
+        if not hasattr(value, "load_state_dict"):
+            raise UsageError(f"{name!r} is a {type(value).__name__} without load_state_dict(): it can't be restored.")
+    return wanted
+
+
+def _put(wanted: Mapping[str, Any], states: Mapping[str, Any], where: str) -> None:
+    fitted = dict(states)
+    for name, value in wanted.items():
+        if isinstance(value, torch.nn.Module):
+            fitted[name] = fit_module(value, states[name], f"{where}: {name!r}")
+        elif _loads_as_torch_does(value):
+            _check_groups(value, states[name], f"{where}: {name!r}")
+    for name, value in wanted.items():
+        try:
+            value.load_state_dict(_own_state(value, fitted[name]))
+        except _UNFIT as error:
+            raise CheckpointError(f"{where}: {name!r} could not take its state: {error}") from error
+
+
+def _put_rng(wanted: bool, state: Mapping[str, Any] | None, step: int) -> None:
+    if wanted and state is not None:
+        restore_rng(state)
+    elif wanted:
+        _log.warning("random states left as they are: the checkpoint has none for this rank", step=step)
+
+
+def _own_state(value: Any, state: Any) -> Any:
+    """`state` with tensors that `value` may keep and change, where it does more than copy them."""
+    if isinstance(value, torch.nn.Module):
+        kept = {key: _private(item) for key, item in state.items() if str(key).endswith(_EXTRA_STATE)}
+        if not kept:
+            return state
+        replaced = copy.copy(state)  # with the modules' versions, which ride on it
+        replaced.update(kept)
+        return replaced
+    return _for_optimizer(value, state) if _loads_as_torch_does(value) else _private(state)
+
+
+def _private(state: Any, known: dict[int, Any] | None = None) -> Any:
+    """A deep copy. `known`: by id of a tensor what stands for it in the copy."""
+    memo = dict(known or {})
+    others = {id(tensor): tensor for tensor in _tensors_in(state) if id(tensor) not in memo}
+    memo.update(zip(others, private_copies(others.values()), strict=True))
+    return copy.deepcopy(state, memo)
+
+
+def _tensors_in(state: Any) -> Iterator[torch.Tensor]:
+    """The plain tensors in containers; whatever else there is, is left to deepcopy."""
+    if type(state) is torch.Tensor:
+        if state.layout is torch.strided and not state.requires_grad:
+            yield state
+    elif isinstance(state, Mapping):
+        for item in state.values():
+            yield from _tensors_in(item)
+    elif isinstance(state, (list, tuple, set, frozenset)):
+        for item in state:
+            yield from _tensors_in(item)
+
+
+# -- optimizers ------------------------------------------------------------------------------------
+
+
+def _loads_as_torch_does(value: Any) -> bool:
+    """Whether it is an optimizer that takes its state as torch's base class does, and nobody hooks into that."""
+    base = torch.optim.Optimizer
+    kind = type(value)
+    return (
+        isinstance(value, base)
+        and kind.load_state_dict is base.load_state_dict
+        and kind._process_value_according_to_param_policy is base._process_value_according_to_param_policy
+        and "load_state_dict" not in vars(value)
+        and not value._optimizer_load_state_dict_pre_hooks
+    )
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, state: Any, where: str) -> None:
+    """What load_state_dict refuses, found before anything changes."""
+    try:
+        saved = [len(group["params"]) for group in state["param_groups"]]
+        state["state"].items()
+    except _UNFIT as error:
+        raise CheckpointError(f"{where} could not take its state: it is not that of an optimizer.") from error
+    own = [len(group["params"]) for group in optimizer.param_groups]
+    if saved != own:
+        raise CheckpointError(
+            f"{where} could not take its state: the groups have {saved} parameters in the checkpoint, {own} here.",
+            hint="Build the optimizer over the same parameters and groups as when it was saved.",
+        )
+
+
+def _for_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Any:
+    """`state` with the optimizer's own tensors in it, already filled: load_state_dict keeps those that fit as they are.
+
+    So a resumed optimizer costs one copy and no memory. What it has no tensor for yet gets one.
+    """
+    parameters = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+    saved_ids = list(chain.from_iterable(group["params"] for group in state["param_groups"]))
+    taken = {parameter.data_ptr() for parameter in parameters}
+    known: dict[int, Any] = {}
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for saved_id, parameter in zip(saved_ids, parameters, strict=True):
+        stored, live = state["state"].get(saved_id), optimizer.state.get(parameter, {})
+        if not isinstance(stored, Mapping):
+            continue
+        for key, tensor in stored.items():
+            if type(tensor) is not torch.Tensor or id(tensor) in known:
+                continue
+            target: Any = live.get(key) if isinstance(live, Mapping) else None
+            if _fits(target, tensor, parameter, key) and target.data_ptr() not in taken:
+                taken.add(target.data_ptr())
+                known[id(tensor)] = target
+                copies.append((target, tensor))
+            elif key != "step" and parameter.device != tensor.device:
+                known[id(tensor)] = tensor  # load_state_dict moves it to the parameter's device, which is a copy
+    with torch.no_grad():
+        for target, tensor in copies:
+            target.copy_(tensor)
+    return _private(state, known)
+
+
+def _fits(target: Any, tensor: torch.Tensor, parameter: torch.Tensor, key: Any) -> bool:
+    """Whether `target`, filled, is what load_state_dict would make of `tensor`."""
+    return (
+        type(target) is torch.Tensor
+        and target.layout is torch.strided
+        and target.numel() > 0
+        and target.shape == tensor.shape
+        and target.dtype == tensor.dtype
+        and (target.device == tensor.device or (key != "step" and target.device == parameter.device))
+    )
