@@ -20,7 +20,16 @@ from typing import Any, NoReturn
 from ray_tracking.checkpoint.key_sources import KEY_BYTES, SOURCES, generate_key, read_secret
 from ray_tracking.errors import ConfigError, RefusedError
 
-__all__ = ["DataKey", "Key", "Keyring", "SealBrokenError", "WrongKeyError", "generate_key", "no_key_error"]
+__all__ = [
+    "DataKey",
+    "Key",
+    "Keyring",
+    "SealBrokenError",
+    "WrongKeyError",
+    "generate_key",
+    "key_variables",
+    "no_key_error",
+]
 
 SECTION = "training.default.encryption"
 """Where the keys stand in a configuration."""
@@ -191,6 +200,14 @@ class Keyring:
             f"It is encrypted for {_list(_ids(wrapped))}; {SECTION} has {_list(self.ids)}, which can't open it.",
             hint=f"Set {SECTION}.old_keys (or key_file, key_env, key_command) to where one of its keys is.",
         )
+
+
+def key_variables(section: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The environment variables that `training.default.encryption` takes keys from."""
+    if section is None:
+        return ()
+    sources = [section, *(section.get("recipients") or ()), *(section.get("old_keys") or ())]
+    return tuple(source["key_env"] for source in sources if source.get("key_env"))
 
 
 def no_key_error(wrapped: Sequence[Mapping[str, Any]]) -> WrongKeyError:

@@ -33,6 +33,10 @@ class ManifestError(ValueError):
     """A manifest is not what was written; the text is the reason."""
 
 
+class OtherVersionError(ManifestError):
+    """A manifest of a schema that this version does not read: another version's checkpoint, not rubbish."""
+
+
 class FileEntry(NamedTuple):
     """One file of a checkpoint: size in bytes and xxh3-128 in hex of what is stored, size before it was sealed."""
 
@@ -186,6 +190,10 @@ def decode_manifest(data: bytes) -> Manifest:
         raise ManifestError(f"not a manifest ({len(data)} bytes that are not JSON)") from error
     if not isinstance(body, dict) or "digest" not in body or "schema" not in body:
         raise ManifestError("not a manifest (JSON of another kind)")
+    schema = body["schema"]
+    if type(schema) is int and schema != SCHEMA:
+        age = "a newer" if schema > SCHEMA else "an older"
+        raise OtherVersionError(f"written by {age} version of ray-tracking (schema {schema}; this one reads {SCHEMA})")
     claimed = body.pop("digest")
     try:
         intact = digest(_dump(body)) == claimed and _seal(body) == data
@@ -193,10 +201,7 @@ def decode_manifest(data: bytes) -> Manifest:
         intact = False
     if not intact:
         raise ManifestError("its own digest does not match: it was altered or cut")
-    schema = body.pop("schema")
-    if schema != SCHEMA:
-        age = "a newer" if isinstance(schema, int) and schema > SCHEMA else "another"
-        raise ManifestError(f"written by {age} version of ray-tracking (schema {schema}; this one reads {SCHEMA})")
+    del body["schema"]
     try:
         files = {
             name: FileEntry(int(entry["size"]), str(entry["digest"]), int(entry["raw_size"]))

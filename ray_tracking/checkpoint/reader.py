@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -55,6 +56,7 @@ class OpenCheckpoint:
         self.path = storage.path(info.folder)
         self._files = CheckpointFiles(storage, info, keyring)
         self._documents: dict[int, dict[str, Any]] = {}
+        self._trees: dict[tuple[int, str], _Tree] = {}
         self._tensors: dict[tuple[int, str], TensorFile | None] = {}
 
     def close(self, *, discard: bool = False) -> None:
@@ -87,12 +89,18 @@ class OpenCheckpoint:
         from ray_tracking.checkpoint.codec import decode_state
 
         self.prefetch([name], rank)
-        where, family, tree = self._tree(name, rank)
-        with self._reading(where):
-            given = {one: self._find(family, one, rank) for sharded, one in _tensor_names(tree) if not sharded}
-            if copy:
-                given = dict(zip(given, private_copies(given.values()), strict=True))
-            return decode_state(tree, _Tensors(self, family, rank, given, local, copy))
+        tree = self._tree(name, rank)
+        with self._reading(tree.where):
+            given = {each: self._find(tree.family, each, rank) for each in tree.whole}
+        if copy:
+            given = dict(zip(given, private_copies(given.values()), strict=True))
+        for each, (shape, dtype_name) in tree.sharded.items():
+            with self._reading(tree.where):
+                dtype = _torch_dtype(dtype_name)
+            # What the caller's function raises is no damage of the checkpoint.
+            given[each] = local(each, shape, dtype) if local else self._whole(tree, each, shape, dtype, rank, copy)
+        with self._reading(tree.where):
+            return decode_state(tree.body, _Given(given))
 
     def states(self, rank: int = 0, *, copy: bool = True, local: Local | None = None) -> dict[str, Any]:
         """All of `names(rank)`. Files are checked on several threads."""
@@ -103,9 +111,10 @@ class OpenCheckpoint:
         """Read and check now, on several threads, all files that the states of `objects` lie in."""
         needs: dict[tuple[int, str], None] = {}
         for name in objects:
-            where, family, tree = self._tree(name, rank)
-            with self._reading(where):
-                needs.update(dict.fromkeys(self._needs(where, family, tree)))
+            tree = self._tree(name, rank)
+            if tree.whole and not tree.sharded:  # of a sharded one a rank wants few files; which, shows later
+                ranks = (tree.where,) if tree.where else range(self.info.world_size)
+                needs.update({(each, tree.family): None for each in ranks})
         missing = [place for place in needs if place not in self._tensors]
         self._files.open_all([(each, self._plain(family, each)) for each, family in missing])
         for each, family in missing:
@@ -147,15 +156,13 @@ class OpenCheckpoint:
                 self._files.drop(rank, plain)
         return self._documents[rank]
 
-    def _tree(self, name: str, rank: int) -> tuple[int, str, Any]:
-        """(rank whose document has it, family of its tensors, tree) of an object."""
-        own = self._document(rank)["objects"]
-        where = rank if name in own else 0
-        entry = self._document(where)["objects"][name]
-        with self._reading(where):
-            if entry["file"] not in _FAMILIES:
-                raise ValueError(f"{name!r} has its tensors in {entry['file']!r}")
-            return where, entry["file"], entry["tree"]
+    def _tree(self, name: str, rank: int) -> _Tree:
+        where = rank if name in self._document(rank)["objects"] else 0
+        if (where, name) not in self._trees:
+            entry = self._document(where)["objects"][name]
+            with self._reading(where):
+                self._trees[where, name] = _read_tree(where, entry)
+        return self._trees[where, name]
 
     @contextmanager
     def _reading(self, rank: int) -> Iterator[None]:
@@ -167,15 +174,6 @@ class OpenCheckpoint:
             raise CheckpointCorruptError(f"{path} is not what a checkpoint holds: {_reason(error)}.") from error
 
     # -- tensors -----------------------------------------------------------------------------------
-
-    def _needs(self, where: int, family: str, tree: Any) -> list[tuple[int, str]]:
-        """The files to read for a tree: all ranks', unless it is one rank's own. Of a sharded one none: a rank wants
-        few of them, and which shows later.
-        """
-        kinds = {sharded for sharded, _ in _tensor_names(tree)}
-        if True in kinds or not kinds:
-            return []
-        return [(rank, family) for rank in ((where,) if where else range(self.info.world_size))]
 
     def _plain(self, family: str, rank: int) -> str:
         return names.model_file(rank, self.info.world_size) if family == "model" else names.tensor_file(rank)
@@ -208,42 +206,34 @@ class OpenCheckpoint:
             raise CheckpointCorruptError(f"{path} lacks its part of the tensor {name!r}.")
         return file.view(name)
 
+    def _whole(
+        self, tree: _Tree, name: str, shape: tuple[int, ...], dtype: torch.dtype, rank: int, copy: bool
+    ) -> torch.Tensor:
+        whole = self.region(tree.family, name, (0,) * len(shape), shape, rank)
+        with self._reading(tree.where):
+            if whole.dtype != dtype:
+                raise ValueError(f"tensor {name!r} is {whole.dtype} instead of {dtype}")
+        return private_copies([whole])[0] if copy else whole
 
-class _Tensors(Mapping[str, "torch.Tensor"]):
-    """What `decode_state` asks for tensors: those stored whole at hand, sharded ones put together when asked for."""
 
-    def __init__(
-        self,
-        opened: OpenCheckpoint,
-        family: str,
-        rank: int,
-        given: Mapping[str, torch.Tensor],
-        local: Local | None,
-        copy: bool,
-    ) -> None:
-        self._opened = opened
-        self._place = family, rank
-        self._given = given
-        self._local = local
-        self._copy = copy
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._given[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._given)
-
-    def __len__(self) -> int:
-        return len(self._given)
+class _Given(dict[str, "torch.Tensor"]):
+    """What `decode_state` asks for tensors; sharded ones are put together already."""
 
     def sharded(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        if self._local is not None:
-            return self._local(name, shape, dtype)
-        family, rank = self._place
-        whole = self._opened.region(family, name, (0,) * len(shape), shape, rank)
-        if whole.dtype != dtype:
-            raise ValueError(f"tensor {name!r} is {whole.dtype} instead of {dtype}")
-        return private_copies([whole])[0] if self._copy else whole
+        return self[name]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """The tree of an object in the document of rank `where`: its tensors' files, their names, and of sharded ones
+    (whole shape, dtype).
+    """
+
+    where: int
+    family: str
+    body: Any
+    whole: tuple[str, ...]
+    sharded: Mapping[str, tuple[tuple[int, ...], str]]
 
 
 def read_objects(
@@ -266,21 +256,37 @@ def _read_document(data: memoryview) -> dict[str, Any]:
     return {"objects": document["objects"], "pieces": document["pieces"]}
 
 
-def _tensor_names(tree: Any) -> Iterator[tuple[bool, str]]:
-    """(whether it is sharded, name) of every tensor in a tree."""
-    waiting = [tree]
+def _read_tree(where: int, entry: Any) -> _Tree:
+    family, body = entry["file"], entry["tree"]
+    if family not in _FAMILIES:
+        raise ValueError(f"tensors lie in {family!r}")
+    whole: dict[str, None] = {}
+    sharded: dict[str, tuple[tuple[int, ...], str]] = {}
+    waiting = [body]
     while waiting:
         item = waiting.pop()
         if isinstance(item, list):
             waiting.extend(item)
         elif isinstance(item, dict):
             tag = item.get("$")
-            if tag in ("tensor", "sharded"):
-                yield tag == "sharded", item["name"]
+            if tag == "tensor":
+                whole[item["name"]] = None
+            elif tag == "sharded":
+                sharded[item["name"]] = tuple(item["shape"]), item["dtype"]
             elif tag in ("bytes", "bytearray", "array") and "tensor" in item:
-                yield False, item["tensor"]
+                whole[item["tensor"]] = None
             else:
                 waiting.extend(item.values())
+    return _Tree(where, family, body, tuple(whole), sharded)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"this torch has no dtype {name!r}")
+    return dtype
 
 
 def _reason(error: Exception) -> str:

@@ -90,11 +90,15 @@ def due(found: list[Found], strategy: CheckpointStrategy) -> list[str]:
 def leftovers(found: list[Found], *, under_way: Collection[str] = ()) -> list[str]:
     """Incomplete folders older than the newest complete checkpoint, but for those `under_way`. Pure.
 
-    Where steps only grow within an attempt, a save still under way is never among them.
+    Where steps only grow within an attempt, a save still under way is never among them. What another version of this
+    package wrote is left alone.
     """
     newest = max(((item.attempt, item.step) for item in found if item.info is not None), default=(-1, -1))
     return [
         item.folder
         for item in found
-        if item.info is None and (item.attempt, item.step) < newest and item.folder not in under_way
+        if item.info is None
+        and not item.other_version
+        and (item.attempt, item.step) < newest
+        and item.folder not in under_way
     ]

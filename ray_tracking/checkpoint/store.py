@@ -7,13 +7,14 @@ loading.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from ray_tracking.checkpoint import manifest as names
 from ray_tracking.checkpoint import reader
 from ray_tracking.checkpoint.loaded import ModelCheckpoint, TrainingCheckpoint
-from ray_tracking.checkpoint.manifest import CheckpointInfo, Manifest, ManifestError
+from ray_tracking.checkpoint.manifest import CheckpointInfo, Manifest, ManifestError, OtherVersionError
 from ray_tracking.errors import CheckpointCorruptError, CheckpointError
 from ray_tracking.log import get_logger
 from ray_tracking.storage import Entry, Storage
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from ray_tracking.checkpoint.sealing import Sealing
     from ray_tracking.checkpoint.state import Snapshot
 
+_READERS = 16
+"""Looks at remote checkpoints at a time."""
 _T = TypeVar("_T")
 _log = get_logger()
 
@@ -36,6 +39,8 @@ class Found:
     step: int
     info: CheckpointInfo | None
     reason: str = ""
+    other_version: bool = False
+    """Another version of this package wrote it: it may be complete."""
 
 
 class CheckpointStore:
@@ -65,12 +70,17 @@ class CheckpointStore:
             attempt = names.parse_attempt_folder(entry.name) if entry.is_dir else None
             if attempt is not None:
                 roots.append((entry.name, attempt))
-        found = []
+        places = []
         for root, attempt in roots:
             for entry in self.storage.list(root):
                 parsed = names.parse_step_folder(entry.name) if entry.is_dir else None
                 if parsed is not None:
-                    found.append(self._inspect(names.join(root, entry.name), attempt, parsed[0]))
+                    places.append((names.join(root, entry.name), attempt, parsed[0]))
+        if self.storage.is_local or len(places) < 2:
+            found = [self._inspect(*place) for place in places]
+        else:  # each costs two round trips
+            with ThreadPoolExecutor(_READERS) as readers:
+                found = list(readers.map(lambda place: self._inspect(*place), places))
         return sorted(found, key=lambda item: (item.attempt, item.step, item.folder))
 
     def checkpoints(self) -> list[CheckpointInfo]:
@@ -101,7 +111,8 @@ class CheckpointStore:
             except FileNotFoundError:
                 continue  # deleted since the listing
             except ManifestError as error:
-                return Found(folder, attempt, step, None, f"{name}: {error}")
+                other = isinstance(error, OtherVersionError)
+                return Found(folder, attempt, step, None, f"{name}: {error}", other_version=other)
         reason = names.why_incomplete(step, {name: entry.size for name, entry in entries.items()}, manifests)
         if reason is not None:
             return Found(folder, attempt, step, None, reason)

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ray_tracking.cli import doctor, export, runs, status, train, ui
+from ray_tracking.cli import checkpoints, doctor, export, gc, keeping, runs, status, train, ui
 from ray_tracking.errors import RayTrackingError
 
 DEBUG_FLAG = "--debug"
@@ -60,9 +60,14 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 app.command("demo")(train.demo)
 app.command("train")(train.train)
 app.add_typer(runs.group, name="runs")
+app.add_typer(checkpoints.group, name="checkpoints")
+checkpoints.group.command("pin")(keeping.pin)
+checkpoints.group.command("unpin")(keeping.unpin)
+checkpoints.group.command("prune")(keeping.prune)
 app.command("export")(export.export)
 app.command("status")(status.status)
-app.command("ui")(ui.ui)
+app.command("gc")(gc.gc)
+app.command("ui", short_help="Start TensorBoard and MLflow; Ctrl-C ends both.")(ui.ui)
 app.command("doctor")(doctor.doctor)
 
 

@@ -367,6 +367,12 @@ def test_sharded_tensors_become_what_the_caller_makes_of_them(tmp_path: Path) ->
         )
     assert torch.equal(half.weight, weight[2:])
 
+    def fails(*_: Any) -> torch.Tensor:
+        raise ValueError("mine")
+
+    with OpenCheckpoint(Storage.open(tmp_path), info) as opened, pytest.raises(ValueError, match="mine"):
+        load_into({"model": half}, opened, rng=False, local=fails)
+
 
 def test_a_large_optimizer_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = trained(OPTIMIZERS["Adam"], 1, 1), trained(OPTIMIZERS["Adam"], 2, 1)

@@ -257,6 +257,8 @@ def test_a_newer_schema_is_skipped(
     assert latest is not None
     assert latest.step == 5
     assert "newer version" in capsys.readouterr().err
+    save(store, 7)
+    assert gc(store) == [], "it is not rubbish"
 
 
 def test_all_damaged_is_no_fresh_start(store: CheckpointStore, save: Save) -> None:

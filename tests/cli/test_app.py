@@ -13,19 +13,19 @@ from ray_tracking.cli.app import main
 from ray_tracking.errors import RefusedError, RunFailedError
 from tests.cli.conftest import Cli
 
-COMMANDS = ("demo", "train", "runs", "export", "status", "ui", "doctor")
+COMMANDS = ("demo", "train", "runs", "checkpoints", "gc", "export", "status", "ui", "doctor")
 
 
 def test_help_lists_every_command_with_its_help(cli: Cli) -> None:
     done = cli("--help")
     assert done.code == 0
     for command in COMMANDS:
-        (line,) = [line for line in done.out.splitlines() if f" {command} " in line]
+        (line,) = [line for line in done.out.splitlines() if line.startswith(f"  {command} ")]
         assert len(line.split()) > 4
         assert "..." not in line
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "runs ls", "runs show", "runs compare"])
+@pytest.mark.parametrize("command", [*COMMANDS, "runs ls", "runs show", "runs compare", "checkpoints ls", "checkpoints prune"])
 def test_every_command_has_help(cli: Cli, command: str) -> None:
     done = cli(*command.split(), "--help")
     assert done.code == 0

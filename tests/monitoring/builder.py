@@ -98,7 +98,7 @@ class RunBuilder:
         for rank in range(2 if complete else 1):
             data = b"{}" * 50
             self.directory.write_bytes(f"{folder}/{state_file(rank)}", data)
-            files = {state_file(rank): FileEntry(len(data), digest(data))}
+            files = {state_file(rank): FileEntry(len(data), digest(data), len(data))}
             manifest = Manifest(step, 0, rank, 2, step, 0.0, dict(metrics), (), files, "save")
             self.directory.write_bytes(f"{folder}/{rank_file(rank, 2)}", encode_manifest(manifest))
         if pinned:

@@ -1,0 +1,106 @@
+"""`ray-tracking gc`: what saves that were cut off left behind, and its deletion."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ray_tracking.cli.options import ConfigFile, Debug, Environment, Json, StorageUri, open_store
+from ray_tracking.cli.places import Directory, counted, open_place
+
+if TYPE_CHECKING:
+    from ray_tracking.monitoring.places import Place
+    from ray_tracking.monitoring.strays import Stray
+
+
+def gc(
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="A run id, the beginning of one, or `latest` (the default).")
+    ] = None,
+    all_runs: Annotated[
+        bool, typer.Option("--all-runs", help="Every run of the storage, and the plain scripts' directory beside them.")
+    ] = False,
+    directory: Directory = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run/--apply", help="Only show it (the default), or delete it.")
+    ] = True,
+    idle: Annotated[
+        bool, typer.Option("--idle", help="Nothing is writing there now: what is recent is no save under way.")
+    ] = False,
+    storage: StorageUri = None,
+    config: ConfigFile = None,
+    env: Environment = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Collect half-written checkpoints and unfinished files.
+
+    Shows what there is and what of it would be deleted; --apply deletes it. Complete or pinned checkpoints and what a
+    running run may be writing are never touched, and what ray-tracking did not write is only shown.
+    """
+    import time
+
+    from ray_tracking.cli import output
+    from ray_tracking.errors import UsageError
+    from ray_tracking.monitoring.places import all_places
+    from ray_tracking.monitoring.strays import RECENT, assume_idle, collect, strays
+
+    if all_runs and (run is not None or directory is not None):
+        raise UsageError("--all-runs and a single place are given.", hint="Leave one of them out.")
+    if all_runs:
+        places, problems = all_places(open_store(storage, config, env), time.time())
+    else:
+        places, problems = [open_place(run, directory, storage=storage, config=config, env=env)], []
+    entries: list[dict[str, Any]] = []
+    screen = output.console()
+    for place in places:
+        judged = assume_idle(place) if idle else place
+        found = strays(judged, place.store.scan(), time.time())
+        doomed = [stray for stray in found if stray.kept is None]
+        failed = dict(collect(place, doomed)) if not dry_run else {}
+        entries += [_entry(place, stray, failed.get(stray), applied=not dry_run) for stray in found]
+        if not as_json and found:
+            _print(place, found, dry_run)
+        problems += [f"{stray.place_in(place)}: {why}" for stray, why in failed.items()]
+    freed = [entry for entry in entries if entry["delete"] and not entry.get("error")]
+    if as_json:
+        document = {"applied": not dry_run, "bytes": sum(entry["bytes"] for entry in freed), "entries": entries}
+        output.print_json(document | {"problems": problems})
+        return
+    where = places[0].title if len(places) == 1 else counted(len(places), "place")
+    if not entries:
+        summary = f"Nothing left over in {where}."
+    else:
+        done = "would be deleted; --apply does it" if dry_run else "deleted"
+        size = output.size(sum(entry["bytes"] for entry in freed))
+        parts = [f"{counted(len(freed), 'leftover')} ({size}) {done}" if freed else "Nothing to delete"]
+        summary = ", ".join([*parts, f"{len(entries) - len(freed)} left alone."])
+    screen.print(output.cell(summary))
+    if any(entry["kept"] == RECENT for entry in entries):
+        screen.print(output.cell("What is recent goes too with --idle: say so only if nothing is writing there now."))
+    for problem in problems:
+        typer.echo(problem, err=True)
+
+
+def _entry(place: Place, stray: Stray, error: str | None, *, applied: bool) -> dict[str, Any]:
+    document = {"run_id": place.run_id, "directory": place.shown, **stray.to_json()}
+    if applied:
+        document["deleted"] = stray.kept is None and error is None
+    return {**document, "error": error} if error else document
+
+
+def _print(place: Place, found: list[Stray], dry_run: bool) -> None:
+    from ray_tracking.cli import output
+
+    screen = output.console()
+    for title, left in (("Would be deleted" if dry_run else "Deleted", False), ("Left alone", True)):
+        rows = [
+            (stray.path, stray.kind.value, output.size(stray.bytes), stray.kept if left else stray.why)
+            for stray in found
+            if (stray.kept is not None) is left
+        ]
+        if rows:
+            columns = ("what", "kind", "size", "why")
+            screen.print(output.table(f"{title} in {place.title}", columns, rows, right=("size",)))
+            screen.print()
