@@ -18,12 +18,12 @@ _NICENESS = 19
 _FORWARDED = ("WANDB_", "MLFLOW_", "AWS_", "GOOGLE_", "RAY_TRACKING_", "DO_NOT_TRACK")
 
 
-def forwarded_environment() -> dict[str, str]:
-    """The driver's variables that backends and storage need where the tracker runs (Ray forwards none of them).
+def forwarded_environment(*further: str) -> dict[str, str]:
+    """The driver's variables that backends and storage need on other nodes (Ray forwards none of them), and `further`.
 
-    They go as an argument of the actor: what is in a runtime_env stands on the dashboard.
+    They go as an argument: what is in a runtime_env stands on the dashboard.
     """
-    return {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)}
+    return {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED) or name in further}
 
 
 class TrackerActor:

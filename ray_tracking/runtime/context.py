@@ -226,6 +226,7 @@ class Run:
         """
         if self.checkpoints.has_objects and self.step > 0 and self._body.is_whole:
             self.checkpoints.save_alone(self.step, self.epoch, self._latest(), error)
+        self.checkpoints.finish_writing()
 
     def position(self) -> dict[str, Any]:
         """Where training is, for the progress line."""

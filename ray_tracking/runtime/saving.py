@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 import ray.train
@@ -230,12 +230,17 @@ class Saver:
         try:
             folder = self._path(self._new_folder(step))
             staged = self._writer.stage(self._describe(step, epoch, metrics, f"{reason}: {type(error).__name__}"))
-            self._writer.write(staged, folder, before_commit=self._before_commit).result(_LAST_SECONDS)
+            self._written.append((step, self._writer.write(staged, folder, before_commit=self._before_commit)))
+            self.finish_writing()
             end = time.monotonic() + _OTHERS_SECONDS
             while self._store.inspect(folder).info is None and time.monotonic() < end:
                 time.sleep(0.1)
-        except (RayTrackingError, TimeoutError, OSError) as failure:
+        except (RayTrackingError, OSError) as failure:
             log.warning("no checkpoint after the exception; the last one stands", reason=str(failure))
+
+    def finish_writing(self) -> None:
+        """Training has failed: give what is being written a minute. Does not raise."""
+        wait([written for _, written in self._written], _LAST_SECONDS)
 
     def close(self) -> None:
         """Wait until everything is written. Raises CheckpointError if a save failed and the run is to fail with it."""

@@ -14,6 +14,7 @@ from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, Sca
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy, apply_retention
+from ray_tracking.checkpoint.keys import Keyring, key_variables
 from ray_tracking.config import Config, get_config, redact
 from ray_tracking.errors import RayTrackingError, RefusedError, RunFailedError, UsageError
 from ray_tracking.log import get_logger, is_debug
@@ -72,12 +73,14 @@ class TrainingManager:
         storage.probe()
         runs = RunStore(storage)
         first = self._first_attempt(runs)
+        Keyring.from_config(self.config.training.default.encryption)  # a key that can't be had is said now
         connected = cluster.connect(self.address, self.config.scaling)
         try:
             cluster.check(self.config.scaling, storage)
             spec = self._spec(storage, entrypoint or _entrypoint(train), code_digest)
             transport = ActorTransport(actor := start_actor(spec))
-            task = WorkerTask(self.run_id, storage.uri, self.config, train, actor, forwarded_environment())
+            environment = forwarded_environment(*key_variables(self.config.training.default.encryption))
+            task = WorkerTask(self.run_id, storage.uri, self.config, train, actor, environment)
             with _Watch(transport, self.run_id, self._observer, started):
                 status, reason, error = self._train(task, runs.directory(self.run_id), first)
             report = _close(transport, status, reason)

@@ -49,7 +49,7 @@ class WorkerTask:
     config: Config
     train: Callable[[Run], Any]
     actor: Any
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 class RunTracker(NoopTracker):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ray.train import PreemptionInfo
+from ray.train.v2._internal.execution.context import get_train_context
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from ray_tracking import Run
 
@@ -68,6 +71,61 @@ def logs_everything(run: Run) -> None:
     run.log_params({"extra": 5})
     source = Path(run.params["artifact"])
     run.log_artifact(source)
+
+
+class Numbered(Dataset[Any]):
+    """120 samples that say which they are."""
+
+    def __len__(self) -> int:
+        return 120
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.full((6,), index / 120), index
+
+
+def counts_samples(run: Run) -> None:
+    """Writes down what each step of each rank was given; raises on every rank at `params.stops` when they are reached.
+
+    `params.where`: in the body of the step, before the optimizer; or at the epoch's end.
+    """
+    model = run.prepare(nn.Linear(6, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loader = run.loader(Numbered(), batch_size=5)
+    run.restore(model=model, optimizer=optimizer, loader=loader)
+    notes = Path(run.params["notes"])
+    for epoch in run.epochs(run.params["epochs"]):
+        for x, indices in run.steps(loader):
+            loss = model(x).pow(2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            if run.attempt == 1 and run.step == run.params.get("stop_in_step"):
+                raise RuntimeError("no further")
+            optimizer.step()
+            line = {"attempt": run.attempt, "rank": run.rank, "step": run.step, "epoch": epoch}
+            with (notes / f"{run.attempt}-{run.rank}").open("a") as file:
+                file.write(json.dumps({**line, "indices": indices.tolist()}) + "\n")
+            if run.attempt == run.params.get("preempted_in") and run.step == 3 and run.rank == 0:
+                get_train_context().preemption_context.preemption_info = PreemptionInfo(
+                    deadline_ms=None, preempted_node_to_ranks={}
+                )
+            if run.params.get("slow"):
+                time.sleep(0.1)
+        if run.attempt in run.params.get("stop_after_epoch_in", ()):
+            raise RuntimeError("no further")
+
+
+def worsens(run: Run) -> None:
+    """12 steps an epoch, and a validation loss that is best after the first."""
+    model = run.prepare(nn.Linear(6, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loader = run.loader(Numbered(), batch_size=5)
+    run.restore(model=model, optimizer=optimizer, loader=loader)
+    for epoch in run.epochs(run.params["epochs"]):
+        for x, _ in run.steps(loader):
+            optimizer.zero_grad()
+            model(x).pow(2).mean().backward()
+            optimizer.step()
+        run.log_metrics({"val/loss": 1.0 + epoch})
 
 
 class NotAFunction:
