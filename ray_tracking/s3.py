@@ -5,6 +5,7 @@ In: `s3://bucket/path?option=value`. Out: pyarrow filesystems. Imported by `stor
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 _TEXTS = frozenset({"region", "scheme", "endpoint_override", "tls_ca_file_path"})
 _SWITCHES = frozenset({"allow_bucket_creation", "allow_bucket_deletion", "force_virtual_addressing"})
 _NUMBERS = frozenset({"connect_timeout", "request_timeout", "max_attempts"})
+
+_CREDENTIALS = {
+    "access_key": "AWS_ACCESS_KEY_ID",
+    "secret_key": "AWS_SECRET_ACCESS_KEY",
+    "session_token": "AWS_SESSION_TOKEN",
+}
 
 # A server that does not answer at all: the first look at it gives up after about eight seconds.
 _QUICK = {"connect_timeout": 3.0, "request_timeout": 3.5, "max_attempts": 2.0}
@@ -62,12 +69,18 @@ class S3Options:
                 raise ValueError(f"the option {name!r} is not known; allowed: {allowed}")
         return cls(f"{bucket}/{unquote(parts.path).strip('/')}".rstrip("/"), arguments, numbers)
 
-    def filesystem(self, *, quick: bool = False) -> fs.S3FileSystem:
-        """`quick` gives up early, for a first look; what the URI says about time-outs goes before both."""
+    def filesystem(self, *, quick: bool = False, with_credentials: bool = False) -> fs.S3FileSystem:
+        """`quick` gives up early, for a first look; what the URI says about time-outs goes before both.
+
+        `with_credentials`: those of this process's environment travel with it when it is pickled.
+        """
         from pyarrow import fs
 
         numbers = {**(_QUICK if quick else _PATIENT), **self.numbers}
         arguments = dict(self.arguments)
+        if with_credentials and "access_key" not in arguments:
+            given = {name: os.environ[variable] for name, variable in _CREDENTIALS.items() if os.environ.get(variable)}
+            arguments |= given if {"access_key", "secret_key"} <= given.keys() else {}
         if "region" not in arguments and "endpoint_override" not in arguments:
             arguments["region"] = fs.resolve_s3_region(self.bucket)
         return fs.S3FileSystem(

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from ray_tracking import s3
+from ray_tracking import conditional, s3
 from ray_tracking.errors import NameRefusedError, StorageError
 from ray_tracking.writing import TEMPORARY, LocalWriting, RemoteWriting, Writing
 
@@ -90,6 +90,12 @@ class Storage:
         if check:
             options.check()
         return cls(options.filesystem(), options.root, uri)
+
+    def portable_filesystem(self) -> fs.FileSystem:
+        """The filesystem for a library's own processes, on nodes whose environment may lack our credentials."""
+        if self.uri.startswith("s3://"):
+            return s3.S3Options.parse(self.uri).filesystem(with_credentials=True)
+        return self.filesystem
 
     @property
     def is_local(self) -> bool:
@@ -183,6 +189,26 @@ class Storage:
             )
         except OSError as error:
             raise self._failure("write", path, error) from error
+
+    def create_new(self, name: str, data: bytes) -> bool:
+        """Write a file whole if there is none of that name. Of several that do at once, one gets True.
+
+        `data` must be the caller's alone (hold a random token): so a creation whose reply was lost is recognised.
+        Where the storage can't decide (`conditional.is_exclusive`) it takes seconds and is weaker.
+        """
+        path = self._below(name)
+        try:
+            return conditional.create_new(self, name, data) or self._holds(name, data)
+        except OSError as error:
+            if self._holds(name, data):
+                return True
+            raise self._failure("create", path, error) from error
+
+    def _holds(self, name: str, data: bytes) -> bool:
+        try:
+            return self.read_bytes(name) == data
+        except FileNotFoundError:
+            return False
 
     def list(self, name: str = "") -> list[Entry]:
         """What lies directly in a folder, by name; empty if there is none. Unfinished writes are left out."""

@@ -16,6 +16,9 @@ os.environ.update(
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
         "AWS_EC2_METADATA_DISABLED": "true",
+        # What the S3 server of the tests needs, in all of Ray's own processes too.
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
     }
 )
 for name in ("ENV", "STORAGE", "LOG_LEVEL"):

@@ -33,11 +33,13 @@ def test_every_command_is_known() -> None:
     assert {words[1] for words in _commands() if words[0] == "make"} <= targets
 
 
-def test_the_configuration_is_valid(tmp_path: Path) -> None:
-    (yaml,) = [text for kind, text in BLOCKS if kind == "yaml"]
-    file = tmp_path / "my.yaml"
-    file.write_text(yaml)
-    assert get_config(file=file).scaling.workers == 2
+def test_the_configurations_are_valid(tmp_path: Path) -> None:
+    texts = [text for kind, text in BLOCKS if kind == "yaml"]
+    assert len(texts) == 2
+    for text in texts:
+        file = tmp_path / "my.yaml"
+        file.write_text(text)
+        assert get_config(file=file).training.default.monitor == "val/loss"
 
 
 @pytest.mark.ray

@@ -12,12 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ray_tracking.checkpoint.inplace import restore
     from ray_tracking.checkpoint.loaded import ModelCheckpoint, TrainingCheckpoint
     from ray_tracking.checkpoint.manager import CheckpointManager, create_checkpoint_manager
     from ray_tracking.checkpoint.manifest import CheckpointInfo
     from ray_tracking.checkpoint.model import create_model
     from ray_tracking.checkpoint.retention import apply_retention
-    from ray_tracking.checkpoint.state import Snapshot, capture, restore
+    from ray_tracking.checkpoint.state import Snapshot, capture
     from ray_tracking.checkpoint.store import CheckpointStore
     from ray_tracking.checkpoint.strategy import CheckpointStrategy
 
@@ -48,7 +49,7 @@ _HOMES = {
     "capture": "state",
     "create_checkpoint_manager": "manager",
     "create_model": "model",
-    "restore": "state",
+    "restore": "inplace",
 }
 
 

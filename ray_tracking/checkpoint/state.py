@@ -7,7 +7,6 @@ No I/O. Runs on the training thread; a snapshot may then be written from any thr
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,15 +16,15 @@ import torch
 
 from ray_tracking.checkpoint.codec import Encoded, encode_state
 from ray_tracking.checkpoint.layout import FileLayout, TensorSpec, file_layout, spread
-from ray_tracking.checkpoint.loaded import TrainingCheckpoint
 from ray_tracking.checkpoint.manifest import Manifest, digest, model_file, tensor_file
-from ray_tracking.checkpoint.rng import capture_rng, restore_rng
+from ray_tracking.checkpoint.rng import capture_rng
 from ray_tracking.checkpoint.sharding import Piece
-from ray_tracking.errors import CheckpointError, MetricError, UsageError
+from ray_tracking.errors import MetricError, UsageError
 from ray_tracking.log import get_logger
 
 PER_RANK = frozenset({"loader"})
-"""Objects whose state is each rank's own; all others are replicated (or sharded) and written once."""
+"""Objects whose state is each rank's own, as is that of every object with a true `rank_own_state`; all others are
+replicated (or sharded) and written once."""
 RNG = "rng"
 """The name the random states are stored under; no object may have it."""
 _MODEL, _STATE = "model", "state"
@@ -119,11 +118,11 @@ def describe(
     if RNG in objects:
         raise UsageError(f"An object can't be saved as {RNG!r}: the random states have that name.")
     states = {name: state_of(name, value, objects) for name, value in objects.items() if value is not None}
-    own = {name: state for name, state in states.items() if name in PER_RANK}
+    own = {name: state for name, state in states.items() if _is_rank_own(name, objects[name])}
     if include_rng:
         own[RNG] = capture_rng()
     model = {_MODEL: states[_MODEL]} if _MODEL in states else {}
-    rest = {name: state for name, state in states.items() if name not in PER_RANK and name != _MODEL}
+    rest = {name: state for name, state in states.items() if name not in own and name != _MODEL}
     families = {_MODEL: encode_state(model.get(_MODEL)), _STATE: encode_state(rest)}
     private = encode_state(own, f"rank-{rank:05d}")
 
@@ -170,6 +169,10 @@ def capture(objects: Mapping[str, Any], **options: Any) -> Snapshot:
 
     description = describe(objects, **options)
     return Stager().stage(description, memoryview(bytearray(Stager.size_of(description))))
+
+
+def _is_rank_own(name: str, value: Any) -> bool:
+    return name in PER_RANK or bool(getattr(value, "rank_own_state", False))
 
 
 def _share(families: Mapping[str, Encoded], rank: int, world_size: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -233,69 +236,3 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
                 hint="Give one number per metric.",
             ) from error
     return numbers
-
-
-def restore(checkpoint: TrainingCheckpoint, objects: Mapping[str, Any], *, rng: bool = True) -> None:
-    """Put the loaded state into `objects`, in place (None is left out); other states of the checkpoint are
-    ignored.
-
-    With `rng` the random states are set last, if the checkpoint has them for this rank. Everything that can
-    be is checked
-    before the first object changes: CheckpointError names a missing object or the parameters that do not fit.
-    """
-    wanted = {name: unwrap(value) for name, value in objects.items() if value is not None}
-    where = f"The checkpoint of step {checkpoint.step} ({checkpoint.path})"
-    for name, value in wanted.items():
-        if name not in checkpoint.objects:
-            raise CheckpointError(
-                f"{where} has no state for {name!r}; it holds: {', '.join(sorted(checkpoint.objects)) or 'nothing'}.",
-                hint=f"Restore without {name}=, or save it with the checkpoint.",
-            )
-        if not hasattr(value, "load_state_dict"):
-            raise UsageError(f"{name!r} is a {type(value).__name__} without load_state_dict(): it can't be restored.")
-    fitted = {name: checkpoint.objects[name] for name in wanted}
-    for name, value in wanted.items():
-        if isinstance(value, torch.nn.Module):
-            fitted[name] = fit_module(value, fitted[name], f"{where}: {name!r}")
-    for name, value in wanted.items():
-        _load(value, fitted[name], f"{where}: {name!r}")
-    if rng and checkpoint.rng is not None:
-        restore_rng(checkpoint.rng)
-    elif rng:
-        _log.warning("random states left as they are: the checkpoint has none for this rank", step=checkpoint.step)
-
-
-def fit_module(module: torch.nn.Module, state: Any, where: str) -> Any:
-    """`state` as `module` wants it (a `module.` prefix of DDP removed); CheckpointError naming what does
-    not fit.
-    """
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"{where}: the stored state is a {type(state).__name__}, not a module's state.")
-    own = module.state_dict()
-    if state and all(str(key).startswith("module.") for key in state) and not any(key in own for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        f"{key} is {list(value.shape)} in the checkpoint and {list(own[key].shape)} in the module"
-        for key, value in state.items()
-        if key in own and hasattr(value, "shape") and hasattr(own[key], "shape") and value.shape != own[key].shape
-    ]
-    problems = shapes + [f"{key} is not in the checkpoint" for key in missing]
-    problems += [f"{key} is not in the module" for key in unexpected]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise CheckpointError(
-            f"{where} does not fit: {shown}.", hint="Build the module with the arguments it was trained with."
-        )
-    return state
-
-
-def _load(value: Any, state: Any, where: str) -> None:
-    # Optimizers keep the tensors they are given and change them in place: the loaded checkpoint must stay
-    # what it was.
-    own = state if isinstance(value, torch.nn.Module) else copy.deepcopy(state)
-    try:
-        value.load_state_dict(own)
-    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{where} could not take its state: {error}") from error

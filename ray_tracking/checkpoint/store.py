@@ -180,17 +180,15 @@ class CheckpointStore:
         if it was there.
         Raises CheckpointCorruptError that names the file.
         """
-        from ray_tracking.checkpoint.state import PER_RANK, RNG
+        from ray_tracking.checkpoint.state import RNG
 
-        objects = reader.read_objects(self.storage, info, 0, keyring=self.keyring)
-        rng = objects.pop(RNG, None)
-        if rank > 0:
-            rng = None
-        if 0 < rank < info.world_size:
-            own = reader.read_objects(self.storage, info, rank, keyring=self.keyring)
-            rng = own.pop(RNG, None)
-            if world_size in (None, info.world_size):
-                objects.update({name: state for name, state in own.items() if name in PER_RANK})
+        source = rank if rank < info.world_size and world_size in (None, info.world_size) else 0
+        with reader.OpenCheckpoint(self.storage, info, self.keyring) as opened:
+            objects = opened.states(source)
+            rng = objects.pop(RNG, None)
+            if rank != source:
+                has = rank < info.world_size and RNG in opened.names(rank)
+                rng = opened.state(RNG, rank) if has else None
         return TrainingCheckpoint(
             model_state=objects.get("model"),
             epoch=info.epoch,

@@ -108,20 +108,36 @@ class Run:
         return DistributedDataParallel(model, device_ids=devices, **options)
 
     def loader(
-        self, dataset: Any, batch_size: int, *, shuffle: bool = True, drop_last: bool = False, **options: Any
+        self,
+        data: Any,
+        batch_size: int | None = 0,
+        *,
+        shuffle: bool | None = None,
+        drop_last: bool = False,
+        sharded: bool = False,
+        shuffle_buffer: int = 0,
+        **options: Any,
     ) -> ResumableLoader:
-        """A loader of a map-style dataset, sharded by rank and resumable inside an epoch.
+        """A loader sharded by rank and resumable inside an epoch.
 
-        `batch_size` is per rank; `options` go to torch's DataLoader (num_workers, collate_fn, pin_memory, ...).
+        `data`: a map-style dataset (shuffled unless shuffle=False), an iterable one, or a ready-made DataLoader, whose
+        options are taken over (the seed is the run's). `batch_size` is per rank; None takes the items as they are.
+        `options` go to torch's DataLoader (num_workers, collate_fn, sampler, batch_sampler, ...). Iterable data must
+        give the same samples each time it is read: every rank reads all of it and keeps its part, unless `sharded`
+        says that it is split by rank (and by get_worker_info) already; `shuffle_buffer` samples are mixed among each
+        other, in memory. What the data draws from the global Python, NumPy and torch random numbers is the same after
+        an interruption.
         """
         loader = ResumableLoader(
-            dataset,
+            data,
             batch_size,
             shuffle=shuffle,
             seed=self.config.seed,
             rank=self.rank,
             world_size=self.world_size,
             drop_last=drop_last,
+            sharded=sharded,
+            shuffle_buffer=shuffle_buffer,
             **options,
         )
         self._loaders.append(loader)
@@ -231,7 +247,7 @@ class Run:
     def position(self) -> dict[str, Any]:
         """Where training is, for the progress line."""
         first = self._loaders[0] if self._loaders else None
-        per_epoch = len(first) if first is not None else None
+        per_epoch = first.steps_per_epoch if first is not None else None
         total = per_epoch * self.total_epochs if per_epoch and self.total_epochs else None
         return {
             "step": self.step,

@@ -21,7 +21,7 @@ from ray_tracking.checkpoint.inplace import load_into
 from ray_tracking.checkpoint.manifest import CheckpointInfo, Manifest, step_folder
 from ray_tracking.checkpoint.reader import OpenCheckpoint
 from ray_tracking.checkpoint.staging import Stager
-from ray_tracking.checkpoint.state import Description, describe
+from ray_tracking.checkpoint.state import RNG, Description, describe
 from ray_tracking.checkpoint.store import Found
 from ray_tracking.checkpoint.writer import CheckpointWriter, WriterOptions
 from ray_tracking.errors import CheckpointCorruptError, CheckpointError, RayTrackingError
@@ -124,7 +124,9 @@ class Saver:
         opened = OpenCheckpoint(self._store.storage, info, self._store.keyring)
         try:
             rank = self._rank if self._world_size == info.world_size else 0
-            opened.prefetch(name for name in self._objects if name in opened.names(rank))
+            opened.prefetch([name for name in self._objects if name in opened.names(rank)], rank)
+            if self._rank < info.world_size and RNG in opened.names(self._rank):
+                opened.prefetch([RNG], self._rank)
         except (RayTrackingError, FileNotFoundError) as error:
             opened.close()
             log.error("checkpoint not usable, trying the one before it", step=info.step, reason=str(error))

@@ -135,7 +135,7 @@ class TrainingManager:
             run_config=RunConfig(
                 name=f"attempt-{first:03d}",
                 storage_path=directory.root,
-                storage_filesystem=directory.filesystem,
+                storage_filesystem=directory.portable_filesystem(),
                 failure_config=FailureConfig(max_failures=self.config.failure.max_failures),
                 callbacks=[NoteFailures(task.actor)],
                 # What goes wrong is said by us, with its cause; the whole of Ray's account is in its log files.

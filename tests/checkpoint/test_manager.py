@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import os
 import signal
 import subprocess
@@ -285,13 +286,18 @@ def test_memory_is_provided_before_the_first_save(tmp_path: Path) -> None:
 
 
 def test_no_process_and_no_memory_is_left(tmp_path: Path) -> None:
+    def mappings() -> int:
+        gc.collect()
+        return Path("/proc/self/maps").read_text().count("ray-tracking-checkpoint")
+
+    before = mappings()
     with manager(tmp_path) as kept:
         kept.save_checkpoint(model={"w": torch.zeros(1 << 20)}, step=1)
         kept.wait()
         pid = writer_pid(kept)
     assert not Path(f"/proc/{pid}").exists()
     del kept
-    assert "ray-tracking-checkpoint" not in Path("/proc/self/maps").read_text()
+    assert mappings() <= before, "what other tests left may go meanwhile"
 
 
 def test_pin_and_unpin(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ray_tracking.checkpoint.state import capture, restore
+from ray_tracking.checkpoint.inplace import restore
+from ray_tracking.checkpoint.state import capture
 from ray_tracking.checkpoint.store import CheckpointStore
 from ray_tracking.errors import CheckpointError, MetricError, UsageError
 from ray_tracking.storage import Storage

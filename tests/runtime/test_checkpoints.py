@@ -15,18 +15,22 @@ from ray_tracking import TrainingManager, get_config
 from ray_tracking.checkpoint import CheckpointInfo, CheckpointStore
 from ray_tracking.checkpoint.keys import Keyring, generate_key
 from ray_tracking.errors import ConfigError, RunFailedError
+from ray_tracking.journal.reader import JournalReader
 from ray_tracking.runs.store import RunStore
 from ray_tracking.storage import Storage
 from tests.runtime import functions
+from tests.s3 import s3_server, s3_uri
+
+__all__ = ["s3_server", "s3_uri"]
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
-def config(storage: Path, workers: int, params: dict[str, Any], **overrides: Any) -> Any:
-    notes = storage / "notes"
+def config(folder: Path, workers: int, params: dict[str, Any], **overrides: Any) -> Any:
+    notes = folder / "notes"
     notes.mkdir(exist_ok=True)
     settings = {
-        "storage": str(storage),
+        "storage": str(folder),
         "name": "c",
         "params": {"epochs": 2, "notes": str(notes), **params},
         "scaling.workers": workers,
@@ -99,6 +103,25 @@ def test_sealed_and_saved_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     }
     key = os.environ["CHECKPOINT_KEY"].encode()
     assert not any(key in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_whole_run_on_s3(tmp_path: Path, s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Journal, checkpoints and Ray's own run directory on a real S3 server; a worker dies and training goes on."""
+    monkeypatch.chdir(tmp_path)
+    params = {"epochs": 2, "die_at": 9, "how": "kill", "marker": str(tmp_path / "died")}
+    settings = {"storage": s3_uri, "failure.max_failures": 1, "training.default.save_total_limit": 2}
+    result = TrainingManager(config(tmp_path, 2, params, **settings)).fit(functions.regression)
+    assert result.status == "completed"
+    assert result.attempts == 2
+    storage = Storage.open(s3_uri)
+    # The checkpoint of step 8 may still have been on its way.
+    assert RunStore(storage).load(result.run_id).attempts[1].resumed_from_step in (4, 8)
+    store = CheckpointStore(storage.child(result.run_id))
+    assert [info.step for info in store.checkpoints()] == [20, 24]
+    assert [store.verify(info) for info in store.checkpoints()] == [[], []]
+    history = JournalReader(storage.child(result.run_id)).effective()
+    assert history.num_rows == 24 * 10 + 2 + 1 + 3 + len(params)  # scalars, validation, text, params
+    assert not (tmp_path / result.run_id).exists()
 
 
 def test_a_key_that_is_not_there_is_said_before_anything_starts(tmp_path: Path) -> None:
