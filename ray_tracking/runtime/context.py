@@ -14,7 +14,7 @@ from ray_tracking.errors import UsageError
 from ray_tracking.log import get_logger
 from ray_tracking.runtime.agenda import Agenda
 from ray_tracking.runtime.body import StepBody
-from ray_tracking.runtime.loader import ResumableLoader
+from ray_tracking.runtime.loading.loader import ResumableLoader
 from ray_tracking.runtime.saving import Saver
 from ray_tracking.tracking.base import ExperimentTracker
 

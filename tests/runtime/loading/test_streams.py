@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_tracking.errors import UsageError
-from ray_tracking.runtime.loader import ResumableLoader
-from tests.runtime.loading import Numbers, Stateful, flat, in_stages, make, take, through_json
+from ray_tracking.runtime.loading.loader import ResumableLoader
+from tests.runtime.loading.common import Numbers, Stateful, flat, in_stages, make, take, through_json
 
 WORLDS = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), max_size=3)
 BUFFERS = st.sampled_from([0, 2, 7, 64])

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset, default_collate, default_convert
 
-from ray_tracking.runtime.seeding import OwnRandom, seed_for, seed_generators
+from ray_tracking.runtime.loading.seeding import OwnRandom, seed_for, seed_generators
 
 _WINDOW = 64
 """Samples between two states of a dataset that is not shuffled."""

@@ -10,11 +10,11 @@ from torch.utils.data import Dataset, default_collate, default_convert
 
 from ray_tracking.errors import UsageError
 from ray_tracking.log import get_logger
-from ray_tracking.runtime.dealing import GlobalBatches, batch_part, rank_part
-from ray_tracking.runtime.place import Handed, Place
-from ray_tracking.runtime.sampling import FromSampler, Order, as_list, digest
-from ray_tracking.runtime.seeding import OwnRandom, seed_for, seed_generators
-from ray_tracking.runtime.torchloader import Tasks, build, start_seed
+from ray_tracking.runtime.loading.dealing import GlobalBatches, batch_part, rank_part
+from ray_tracking.runtime.loading.place import Handed, Place
+from ray_tracking.runtime.loading.sampling import FromSampler, Order, as_list, digest
+from ray_tracking.runtime.loading.seeding import OwnRandom, seed_for, seed_generators
+from ray_tracking.runtime.loading.torchloader import Tasks, build, start_seed
 
 log = get_logger()
 

@@ -24,10 +24,10 @@ from torch.utils.data import (
 )
 
 from ray_tracking.errors import UsageError
-from ray_tracking.runtime.loader import ResumableLoader
-from ray_tracking.runtime.place import Place
-from ray_tracking.runtime.sampling import order_of
-from tests.runtime.loading import Numbers, flat, in_stages, make, noise, plain, take, through_json
+from ray_tracking.runtime.loading.loader import ResumableLoader
+from ray_tracking.runtime.loading.place import Place
+from ray_tracking.runtime.loading.sampling import order_of
+from tests.runtime.loading.common import Numbers, flat, in_stages, make, noise, plain, take, through_json
 
 DATA = range(40)
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.utils.data import DataLoader, get_worker_info
 
-from ray_tracking.runtime.loader import ResumableLoader
-from tests.runtime.loading import Noisy, NoisyStream, Numbers, as_list, make, take, through_json
+from ray_tracking.runtime.loading.loader import ResumableLoader
+from tests.runtime.loading.common import Noisy, NoisyStream, Numbers, as_list, make, take, through_json
 
 FORKED = {"num_workers": 2, "prefetch_factor": 3, "multiprocessing_context": "fork"}
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from ray_tracking.errors import UsageError
 from ray_tracking.log import get_logger
-from ray_tracking.runtime.dealing import GlobalBatches
-from ray_tracking.runtime.place import Handed, Place
-from ray_tracking.runtime.reading import IDLE, Ask, Item, Reader, Start
-from ray_tracking.runtime.seeding import seed_for
-from ray_tracking.runtime.torchloader import Tasks, build, start_seed
+from ray_tracking.runtime.loading.dealing import GlobalBatches
+from ray_tracking.runtime.loading.place import Handed, Place
+from ray_tracking.runtime.loading.reading import IDLE, Ask, Item, Reader, Start
+from ray_tracking.runtime.loading.seeding import seed_for
+from ray_tracking.runtime.loading.torchloader import Tasks, build, start_seed
 
 log = get_logger()
 

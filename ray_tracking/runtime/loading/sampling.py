@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
 
 from ray_tracking.errors import UsageError
-from ray_tracking.runtime.place import Place
-from ray_tracking.runtime.seeding import forked, seed_for
+from ray_tracking.runtime.loading.place import Place
+from ray_tracking.runtime.loading.seeding import forked, seed_for
 
 _ENDLESS = 1_000_000
 """Indices beyond ten times the expected after which a sampler counts as endless."""

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from ray_tracking.errors import UsageError
 from ray_tracking.log import get_logger
 from ray_tracking.runtime.collective import all_true, broadcast
-from ray_tracking.runtime.mapped import MappedSource
-from ray_tracking.runtime.place import Place
-from ray_tracking.runtime.sampling import order_of
-from ray_tracking.runtime.streams import StreamSource, check_stream
-from ray_tracking.runtime.torchloader import arguments_of, batching_of
+from ray_tracking.runtime.loading.mapped import MappedSource
+from ray_tracking.runtime.loading.place import Place
+from ray_tracking.runtime.loading.sampling import order_of
+from ray_tracking.runtime.loading.streams import StreamSource, check_stream
+from ray_tracking.runtime.loading.torchloader import arguments_of, batching_of
 
 log = get_logger()
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
 from ray_tracking.errors import UsageError
-from ray_tracking.runtime.dealing import GlobalBatches, batch_part, rank_part
-from ray_tracking.runtime.loader import ResumableLoader
-from tests.runtime.loading import flat, in_stages, make, take, through_json
+from ray_tracking.runtime.loading.dealing import GlobalBatches, batch_part, rank_part
+from ray_tracking.runtime.loading.loader import ResumableLoader
+from tests.runtime.loading.common import flat, in_stages, make, take, through_json
 
 WORLDS = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 4)), max_size=4)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from ray_tracking.runtime.loader import ResumableLoader
+from ray_tracking.runtime.loading.loader import ResumableLoader
 
 
 def make(data: Any, batch: int | None = 0, *, rank: int = 0, world: int = 1, **options: Any) -> ResumableLoader:
