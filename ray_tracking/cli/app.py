@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ray_tracking.cli import checkpoints, doctor, export, gc, keeping, runs, status, train, ui
+from ray_tracking.cli import checkpoints, doctor, export, gc, keeping, resume, runs, status, train, ui
 from ray_tracking.errors import RayTrackingError
 
 DEBUG_FLAG = "--debug"
@@ -59,6 +59,7 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 app.command("demo")(train.demo)
 app.command("train")(train.train)
+app.command("resume")(resume.resume)
 app.add_typer(runs.group, name="runs")
 app.add_typer(checkpoints.group, name="checkpoints")
 checkpoints.group.command("pin")(keeping.pin)

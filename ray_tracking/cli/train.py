@@ -88,11 +88,12 @@ def _run(target: str, config: Config, run_id: str | None, address: str | None, d
     with ProgressView() as view:
         manager = TrainingManager(config, run_id=run_id, address=address, observer=view.report)
         result = manager.fit(loaded.function, entrypoint=target, code_digest=loaded.digest)
-    _print_result(result, config, storage)
+    print_result(result, storage)
 
 
-def _print_result(result: Any, config: Config, storage: Any) -> None:
+def print_result(result: Any, storage: Any) -> None:
     """Final and best metrics, checkpoints kept, where to look."""
+    import os
     import shlex
     import time
 
@@ -120,7 +121,7 @@ def _print_result(result: Any, config: Config, storage: Any) -> None:
         screen.print()
         screen.print(output.table("Metrics", ("metric", "last", "best"), rows, right=("last", "best")))
     print_backends(screen, view)
-    place = "" if config.storage in ("./runs", "runs") else f" --storage {shlex.quote(storage.uri)}"
+    place = "" if storage.uri == os.path.abspath("runs") else f" --storage {shlex.quote(storage.uri)}"
     # not through the console: a command that is broken over lines can't be copied
     typer.echo(f"\nSee it:  ray-tracking ui{place}")
     typer.echo(f"Again:   ray-tracking runs show {shlex.quote(result.run_id)}{place}")

@@ -15,11 +15,13 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy, apply_retention
 from ray_tracking.checkpoint.keys import Keyring, key_variables
-from ray_tracking.config import Config, get_config, redact
+from ray_tracking.config import Config, get_config, redact, with_overrides
 from ray_tracking.errors import RayTrackingError, RefusedError, RunFailedError, UsageError
 from ray_tracking.log import get_logger, is_debug
 from ray_tracking.runs.record import Status
+from ray_tracking.runs.resuming import changes, check_resumable, overrides_of
 from ray_tracking.runs.store import RunStore, check_run_id, new_run_id
+from ray_tracking.runs.versions import installed_versions
 from ray_tracking.runtime import cluster
 from ray_tracking.runtime.actor import ActorTransport, forwarded_environment, start_actor
 from ray_tracking.runtime.callbacks import NoteFailures
@@ -27,6 +29,7 @@ from ray_tracking.runtime.context import Run
 from ray_tracking.runtime.failures import Reason, reason_of
 from ray_tracking.runtime.interrupts import InterruptibleTrainer, terminate_as_interrupt
 from ray_tracking.runtime.result import Progress, RunResult
+from ray_tracking.runtime.target import load_target, ship_by_value
 from ray_tracking.runtime.worker import WorkerTask, work
 from ray_tracking.storage import Storage
 from ray_tracking.tracking.spec import TrackerSpec, local_directory
@@ -60,6 +63,41 @@ class TrainingManager:
         self.run_id = check_run_id(run_id or new_run_id(self.config.name))
         self.address = address
         self._observer = observer
+
+    @classmethod
+    def resume(
+        cls,
+        run_id: str,
+        storage: str | None = None,
+        *,
+        train: TrainFunction | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        address: str | None = None,
+        observer: Observer | None = None,
+    ) -> RunResult:
+        """Go on with a run that has not been completed, from its storage alone: config and function are its own.
+
+        `storage`: where runs lie (None: as configured). `train`: the function, where the record does not name it.
+        `overrides` (dotted keys) go over the recorded configuration: another number of workers, say; secret values,
+        which no record holds, are to be given so. What has changed since (code, versions, workers) is said in the log.
+        Raises RefusedError for a completed run, UsageError for what is missing, and what `fit` raises.
+        """
+        runs = RunStore(Storage.open(storage or get_config().storage))
+        record = runs.load(run_id)
+        check_resumable(record, has_function=train is not None)
+        given = dict(overrides or {})
+        recorded = get_config(overrides=overrides_of(record, runs.storage.uri, given))
+        config = with_overrides(recorded, given)
+        entrypoint, digest = record.entrypoint, record.code_digest
+        if train is None:
+            loaded = load_target(record.entrypoint or "")
+            ship_by_value(loaded)
+            train, digest = loaded.function, loaded.digest
+        versions = installed_versions()
+        for change in changes(record, code_digest=digest, versions=versions, workers=config.scaling.workers):
+            log.warning("resumed under other conditions", run=run_id, changed=change)
+        manager = cls(config, run_id=run_id, address=address, observer=observer)
+        return manager.fit(train, entrypoint=entrypoint, code_digest=digest)
 
     def fit(self, train: TrainFunction, *, entrypoint: str | None = None, code_digest: str | None = None) -> RunResult:
         """Train to the end. Blocks; call it from the main thread.

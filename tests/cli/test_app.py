@@ -13,7 +13,7 @@ from ray_tracking.cli.app import main
 from ray_tracking.errors import RefusedError, RunFailedError
 from tests.cli.conftest import Cli
 
-COMMANDS = ("demo", "train", "runs", "checkpoints", "gc", "export", "status", "ui", "doctor")
+COMMANDS = ("demo", "train", "resume", "runs", "checkpoints", "gc", "export", "status", "ui", "doctor")
 
 
 def test_help_lists_every_command_with_its_help(cli: Cli) -> None:

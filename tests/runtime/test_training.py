@@ -143,8 +143,8 @@ def test_a_run_that_dies_goes_on_to_the_same_end(
         )
 
 
-def test_a_failed_run_says_why_and_is_continued_by_its_id(whole: tuple[Path, Any], tmp_path: Path) -> None:
-    """The driver's way: fit failed, fit again with the same run id goes on from the last checkpoint."""
+def test_a_failed_run_says_why_and_is_resumed(whole: tuple[Path, Any], tmp_path: Path) -> None:
+    """The driver's way: fit failed, `resume` goes on from the last checkpoint, with what the storage knows alone."""
     params = {"die_at": 26, "how": "raise", "marker": str(tmp_path / "died")}
     manager = TrainingManager(config(tmp_path, params=params))
     with pytest.raises(RunFailedError, match=r"rank 0: .*a bug in the training function") as failure:
@@ -153,7 +153,7 @@ def test_a_failed_run_says_why_and_is_continued_by_its_id(whole: tuple[Path, Any
     assert "hunter2" not in str(failure.value)
     store = RunStore(Storage.open(tmp_path))
     assert store.load(manager.run_id).status == "failed"
-    result = TrainingManager(config(tmp_path, params=params), run_id=manager.run_id).fit(functions.regression)
+    result = TrainingManager.resume(manager.run_id, str(tmp_path))
     assert result.status == "completed"
     assert [a.resumed_from_step for a in store.load(manager.run_id).attempts] == [-1, 25]
     assert (tmp_path / manager.run_id / "attempt-002").is_dir()
