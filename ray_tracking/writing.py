@@ -81,7 +81,7 @@ class LocalWriting(Writing):
     def __init__(self, path: str, failure: Failure, size: int | None) -> None:
         super().__init__(path, failure)
         self._folder = os.path.dirname(path)
-        _make_folder(self._folder)
+        make_folder(self._folder)
         self._temporary = os.path.join(self._folder, f"{TEMPORARY}{secrets.token_hex(8)}")
         self._file = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._written = self._flushing = 0
@@ -110,7 +110,7 @@ class LocalWriting(Writing):
         os.close(self._file)
         self._file = -1
         os.replace(self._temporary, self._path)
-        _fsync_folder(self._folder)
+        fsync_folder(self._folder)
 
     def _abandon(self) -> None:
         if self._file >= 0:
@@ -163,20 +163,20 @@ def _begin_writeback(file: int, offset: int, size: int) -> None:
         begin(file, ctypes.c_int64(offset), ctypes.c_int64(size), 2)
 
 
-def _make_folder(path: str) -> None:
+def make_folder(path: str) -> None:
     """Make a folder and its parents, each entry durable: a file is lost with the folder it lies in."""
     if os.path.isdir(path):
         return
-    if os.path.lexists(path):
+    if os.path.lexists(path) and not os.path.isdir(path):  # asked again: another process may just have made it
         raise NotADirectoryError(errno.ENOTDIR, "Not a directory", path)
     parent = os.path.dirname(path)
     if parent != path:
-        _make_folder(parent)
+        make_folder(parent)
     os.makedirs(path, exist_ok=True)
-    _fsync_folder(parent)
+    fsync_folder(parent)
 
 
-def _fsync_folder(path: str) -> None:
+def fsync_folder(path: str) -> None:
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)

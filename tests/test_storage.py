@@ -7,12 +7,18 @@ import os
 import pickle
 import socket
 import subprocess
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError, ConnectionClosedError
 
+from ray_tracking import conditional
 from ray_tracking.errors import NameRefusedError, StorageError
+from ray_tracking.s3 import S3Options
 from ray_tracking.storage import Storage, check_name, without_credentials
 from ray_tracking.writing import RemoteWriting
 from tests.s3 import s3_server, s3_uri
@@ -112,6 +118,30 @@ def test_names_that_could_leave_the_folder_are_refused_before_any_work(tmp_path,
             check_name(name, "run id")
 
 
+def test_a_new_file_is_made_once(storage):
+    assert storage.create_new("r/lease", b"one") is True
+    assert storage.create_new("r/lease", b"two") is False
+    assert storage.create_new("r/lease", b"one") is True  # the same bytes: it was this caller, its reply was lost
+    assert storage.read_bytes("r/lease") == b"one"
+    assert [entry.name for entry in storage.list("r")] == ["lease"]
+    with pytest.raises(NameRefusedError):
+        storage.create_new("../lease", b"one")
+
+
+def test_of_many_at_once_one_makes_it(storage):
+    for number in range(20 if storage.is_local else 2):
+        start = threading.Barrier(6)
+
+        def make(who: int, name: str, start: threading.Barrier = start) -> bool:
+            start.wait()
+            return storage.create_new(name, b"%d" % who)
+
+        with ThreadPoolExecutor(6) as pool:
+            made = list(pool.map(make, range(6), [f"f{number}"] * 6))
+        assert made.count(True) == 1
+        assert storage.read_bytes(f"f{number}") == b"%d" % made.index(True)
+
+
 # --- local
 
 
@@ -179,6 +209,54 @@ def test_unfinished_writes_are_not_shown(tmp_path):
     (tmp_path / ".tmp-0123").write_bytes(b"half")
     assert [entry.name for entry in storage.list()] == ["a"]
     assert list(storage.walk()) == [("a", 0)]
+
+
+def test_a_new_file_is_whole_and_durable_with_its_folder(tmp_path, monkeypatch):
+    synced = []
+    real = os.fsync
+
+    def watch(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    assert Storage.open(tmp_path).create_new("r/a", b"1")
+    assert synced[0] == tmp_path
+    assert synced[1].name.startswith(".tmp-")
+    assert synced[2:] == [tmp_path / "r"]
+    assert os.listdir(tmp_path / "r") == ["a"]
+
+
+def test_a_new_file_whose_link_was_made_though_it_failed_is_ours(tmp_path, monkeypatch):
+    """As over NFS, when the server's reply is lost and the request repeated."""
+    real = os.link
+    monkeypatch.setattr(os, "link", lambda source, target: (real(source, target), real(source, target)))
+    storage = Storage.open(tmp_path)
+    assert storage.create_new("a", b"1")
+    assert not storage.create_new("a", b"2")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_new_file_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    storage = Storage.open(tmp_path)
+    assert storage.create_new("a", b"1")
+    assert not storage.create_new("a", b"2")
+    assert storage.read_bytes("a") == b"1"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_no_new_file_on_a_full_disk(tmpfs):
+    storage = Storage.open(tmpfs)
+    with pytest.raises(StorageError, match="No space left"):
+        storage.create_new("a", bytes(2 << 20))
+    assert os.listdir(tmpfs) == []
+    (tmpfs / "file").touch()
+    with pytest.raises(StorageError, match="Not a directory"):
+        storage.create_new("file/a", b"")
 
 
 def test_relative_home_and_file_paths(tmp_path, monkeypatch):
@@ -273,6 +351,83 @@ def test_a_small_object_is_one_put_and_an_upload_that_breaks_is_taken_away(s3_se
     with pytest.raises(StorageError, match="Input/output error"):
         storage.upload(source, "half", chunk=1 << 18)
     assert [name for name, _ in storage.walk()] == ["small"]
+
+
+class Flaky:
+    """boto3's client, whose first `faults` puts go wrong as `fault` says: after it was made, or without."""
+
+    def __init__(self, real: Any, fault: Exception, faults: int, *, made: bool) -> None:
+        self.real, self.fault, self.faults, self.made = real, fault, faults, made
+        self.calls = 0
+
+    def put_object(self, **arguments: Any) -> Any:
+        self.calls += 1
+        if self.calls > self.faults:
+            return self.real.put_object(**arguments)
+        if self.made:
+            self.real.put_object(**arguments)
+        raise self.fault
+
+
+@pytest.mark.parametrize("kind", ["connection", "precondition"])
+def test_a_new_object_whose_reply_was_lost_is_ours(s3_uri, monkeypatch, kind):
+    """boto3 repeats the request by itself: then S3 says that there is one already."""
+    storage = Storage.open(s3_uri)
+    lost = {
+        "connection": ConnectionClosedError(endpoint_url="http://s3"),
+        "precondition": ClientError({"Error": {"Code": "PreconditionFailed"}}, "PutObject"),
+    }[kind]
+    real = conditional._client
+    monkeypatch.setattr(conditional, "_client", lambda options: Flaky(real(options), lost, 1, made=True))
+    assert storage.create_new("a", b"mine")
+    assert not storage.create_new("a", b"other")
+    assert storage.read_bytes("a") == b"mine"
+
+
+def test_a_new_object_that_failed_is_said_and_one_in_conflict_is_tried_again(s3_uri, monkeypatch):
+    storage = Storage.open(s3_uri)
+    real = conditional._client
+    closed = ConnectionClosedError(endpoint_url="http://s3")
+    monkeypatch.setattr(conditional, "_client", lambda options: Flaky(real(options), closed, 1, made=False))
+    with pytest.raises(StorageError, match=r"Can't create .*Connection was closed"):
+        storage.create_new("a", b"mine")
+    conflict = ClientError({"Error": {"Code": "ConditionalRequestConflict"}}, "PutObject")
+    flaky = Flaky(real(S3Options.parse(s3_uri)), conflict, 2, made=False)
+    monkeypatch.setattr(conditional, "_client", lambda options: flaky)
+    assert storage.create_new("a", b"mine")
+    assert flaky.calls == 3
+
+
+def test_a_new_object_with_a_bad_key_is_refused(s3_server, s3_uri, monkeypatch):
+    if s3_server.kind == "moto":
+        pytest.skip("moto accepts any key")
+    storage = Storage.open(s3_uri)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StorageError, match="AWS_SECRET_ACCESS_KEY"):
+        storage.create_new("a", b"mine")
+    monkeypatch.undo()
+    assert s3_server.keys(storage.path("a").partition("/")[2]) == []
+
+
+def test_a_new_object_with_the_key_of_the_uri(s3_server, s3_uri, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    storage = Storage.open(s3_uri.replace("s3://", "s3://testkey:testsecret@"))
+    assert storage.child("r").create_new("a", b"mine")
+    assert storage.read_bytes("r/a") == b"mine"
+
+
+def test_a_new_object_without_boto3_is_the_last_one_written(s3_uri, monkeypatch):
+    storage = Storage.open(s3_uri)
+    assert conditional.is_exclusive(storage)
+    monkeypatch.setattr(conditional, "find_spec", lambda name: None)
+    assert not conditional.is_exclusive(storage)
+    monkeypatch.setattr(conditional, "SETTLE_SECONDS", 0.0)
+    assert storage.create_new("a", b"mine")
+    assert not storage.create_new("a", b"other")
+    rival = storage.child("r")
+    monkeypatch.setattr(conditional.time, "sleep", lambda seconds: rival.write_bytes("a", b"rival"))
+    assert not storage.create_new("r/a", b"mine")
 
 
 def test_the_user_part_of_a_uri_is_not_shown():

@@ -43,6 +43,15 @@ class MetricSummary:
     greatest: float | None = None
     count: int = 0
 
+    def add(self, values: list[float], last_step: int) -> None:
+        """Values in the order in which they were logged, the last one at `last_step`."""
+        self.last, self.last_step = values[-1], last_step
+        self.count += len(values)
+        finite = [value for value in values if math.isfinite(value)]
+        if finite:
+            self.least = min(finite if self.least is None else [self.least, *finite])
+            self.greatest = max(finite if self.greatest is None else [self.greatest, *finite])
+
 
 @dataclass(slots=True)
 class Summary:
@@ -56,25 +65,27 @@ class Summary:
 
     def add(self, records: Iterable[Record]) -> None:
         """Take in journal rows; those before `offset` are known already and left out."""
-        for record in records:
-            if record.offset < self.offset:
+        found: dict[str, list[float]] = {}
+        steps: dict[str, int] = {}
+        expected, reached = self.offset, self.last_step
+        for kind, key, step, _, value, _, _, attempt, _, offset in records:
+            if offset < expected:
                 continue
-            self.offset = record.offset + 1
-            if record.kind is Kind.ATTEMPT and record.attempt > 1:
-                self.last_step = min(self.last_step, max(record.step, 0))
-            if record.kind not in _STEPPED:
-                continue
-            self.last_step = max(self.last_step, record.step)
-            if record.kind is not Kind.SCALAR or record.value is None:
-                continue
-            metric = self.metrics.get(record.key)
+            expected = offset + 1
+            if kind is Kind.ATTEMPT and attempt > 1:
+                reached = min(reached, max(step, 0))
+            elif kind in _STEPPED:
+                if step > reached:
+                    reached = step
+                if kind is Kind.SCALAR and value is not None:
+                    found.setdefault(key, []).append(value)
+                    steps[key] = step
+        self.offset, self.last_step = expected, reached
+        for key, values in found.items():
+            metric = self.metrics.get(key)
             if metric is None:
-                metric = self.metrics[record.key] = MetricSummary(record.value, record.step)
-            metric.last, metric.last_step = record.value, record.step
-            metric.count += 1
-            if math.isfinite(record.value):
-                metric.least = record.value if metric.least is None else min(metric.least, record.value)
-                metric.greatest = record.value if metric.greatest is None else max(metric.greatest, record.value)
+                metric = self.metrics[key] = MetricSummary(values[0], steps[key])
+            metric.add(values, steps[key])
 
     def replace_metrics(self, effective: pyarrow.Table) -> None:
         """Take the metrics from the effective history (`JournalReader.effective`) instead."""
