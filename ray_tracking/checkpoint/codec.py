@@ -40,6 +40,8 @@ _PLAIN_DTYPES = frozenset(
     }
 )
 """What every safetensors version stores as it is; other dtypes go in as their bytes."""
+_WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes of an item: what parts of sharded tensors of other dtypes go in as, since regions are cut from them."""
 _SEQUENCES: dict[type, str] = {tuple: "tuple", set: "set", frozenset: "frozenset", torch.Size: "size"}
 _BUILD: dict[str, Callable[[list[Any]], Any]] = {
     "tuple": tuple,
@@ -94,6 +96,7 @@ class _Encoder:
         self.aliases: dict[str, str] = {}
         self.pieces: dict[str, Piece] = {}
         self._stored: dict[tuple[Any, ...], str] = {}
+        self._sharded_names: dict[int, str] = {}
         self._open: set[int] = set()
 
     def encode(self, value: Any, path: str, depth: int) -> Any:
@@ -189,25 +192,28 @@ class _Encoder:
         }
 
     def _sharded(self, value: torch.Tensor, path: str) -> Any:
-        piece = piece_of(value, path)
-        tree = self._tensor(piece.local, path)
-        if "dtype" in tree:
-            raise CheckpointError(f"{path} is a sharded tensor of {value.dtype}, which can't be stored.")
-        name = tree["name"]
-        self.pieces[name] = piece
         dtype = str(value.dtype).removeprefix("torch.")
-        return {"$": "sharded", "name": name, "shape": list(piece.whole), "dtype": dtype}
+        whole = list(value.shape)
+        # Tied where it is one object: memory tells nothing on the ranks whose part is empty, and all must agree.
+        if id(value) in self._sharded_names:
+            name = self._sharded_names[id(value)]
+            self.aliases[self._free_name(path)] = name
+            return {"$": "sharded", "name": name, "shape": whole, "dtype": dtype}
+        piece = piece_of(value, path)
+        _check_dense(piece.local, path)
+        local = piece.local.detach().resolve_conj().resolve_neg()
+        if local.dtype not in _PLAIN_DTYPES:
+            if local.element_size() not in _WHOLE_NUMBERS:
+                raise CheckpointError(f"{path} is a sharded tensor of {value.dtype}, which can't be stored.")
+            local = local.view(_WHOLE_NUMBERS[local.element_size()])
+        name = self._free_name(path)
+        self._sharded_names[id(value)] = name
+        self.tensors[name] = local
+        self.pieces[name] = piece
+        return {"$": "sharded", "name": name, "shape": whole, "dtype": dtype}
 
     def _tensor(self, value: torch.Tensor, path: str) -> Any:
-        plain = type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-        if not plain or value.layout is not torch.strided or value.is_meta or value.is_quantized:
-            what = "sparse, quantized, meta or of a class of its own"
-            raise CheckpointError(
-                f"{path} is a {_name_of(type(value))} ({value.layout}, device {value.device}): a tensor "
-                f"that is {what} "
-                "can't be stored by this version.",
-                hint="Store a plain dense tensor.",
-            )
+        _check_dense(value, path)
         tensor = value.detach().resolve_conj().resolve_neg()
         if tensor.dtype in _PLAIN_DTYPES:
             return {"$": "tensor", "name": self._store(tensor, path)}
@@ -217,9 +223,7 @@ class _Encoder:
 
     def _store(self, tensor: torch.Tensor, path: str) -> str:
         """Put it under a free name; a tensor that is another one (tied weights) is stored once."""
-        name = path or "value"
-        while name in self.tensors or name in self.aliases or name == "__metadata__":
-            name += "+"  # "a.b" may be a key or a path: both can occur in one state
+        name = self._free_name(path)
         place = (
             tensor.device,
             tensor.untyped_storage().data_ptr(),
@@ -236,6 +240,12 @@ class _Encoder:
         self.tensors[name] = tensor  # held, so that no later tensor can reuse its memory and pass for tied
         return name
 
+    def _free_name(self, path: str) -> str:
+        name = path or "value"
+        while name in self.tensors or name in self.aliases or name == "__metadata__":
+            name += "+"  # "a.b" may be a key or a path: both can occur in one state
+        return name
+
 
 def _join(path: str, part: str) -> str:
     return f"{path}.{part}" if path else part
@@ -243,6 +253,18 @@ def _join(path: str, part: str) -> str:
 
 def _name_of(kind: type) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _check_dense(value: torch.Tensor, path: str) -> None:
+    plain = type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    if not plain or value.layout is not torch.strided or value.is_meta or value.is_quantized:
+        what = "sparse, quantized, meta or of a class of its own"
+        raise CheckpointError(
+            f"{path} is a {_name_of(type(value))} ({value.layout}, device {value.device}): a tensor "
+            f"that is {what} "
+            "can't be stored by this version.",
+            hint="Store a plain dense tensor.",
+        )
 
 
 def _check_dtype(dtype: np.dtype[Any], path: str) -> None:

@@ -7,12 +7,15 @@ place, none of which holds a tensor of the files or of the loaded checkpoint aft
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 
+from ray_tracking.checkpoint.distributed_load import sharded_load, stand_ins
+from ray_tracking.checkpoint.distributed_state import module_state, plain_name
 from ray_tracking.checkpoint.loaded import TrainingCheckpoint
 from ray_tracking.checkpoint.reader import Local, OpenCheckpoint
 from ray_tracking.checkpoint.rng import restore_rng
@@ -26,7 +29,16 @@ _EXTRA_STATE = "_extra_state"  # the end of the key of what a module gives from 
 _log = get_logger()
 
 
-def load_into(
+def load_into(objects: Mapping[str, Any], opened: OpenCheckpoint, **options: Any) -> None:
+    """Put the stored states into `objects`, in place (None is left out); other states of the checkpoint are ignored.
+
+    Every file is verified, and all that can be is checked, before the first object changes: CheckpointCorruptError
+    names a file, CheckpointError a missing object or the parameters that do not fit. `options`: see `prepare_load`.
+    """
+    prepare_load(objects, opened, **options)()
+
+
+def prepare_load(
     objects: Mapping[str, Any],
     opened: OpenCheckpoint,
     *,
@@ -34,43 +46,52 @@ def load_into(
     world_size: int | None = None,
     rng: bool = True,
     local: Local | None = None,
-) -> None:
-    """Put the stored states into `objects`, in place (None is left out); other states of the checkpoint are ignored.
+) -> Callable[[], None]:
+    """`load_into` up to where the first object changes. What it returns does the rest, before `opened` is closed.
 
     `rank` of `world_size` (that of the save, if None) is who restores. At another world size the objects that each
     rank has of its own are rank 0's; with `rng` the random states of the same rank are set last, if it was there.
-    `local` gives what stands for a sharded tensor (see `OpenCheckpoint.state`).
-    Every file is verified, and all that can be is checked, before the first object changes: CheckpointCorruptError
-    names a file, CheckpointError a missing object or the parameters that do not fit.
+    Of sharded tensors a rank reads the parts that its own DTensors hold. `local` gives something else that stands for
+    one (see `OpenCheckpoint.state`).
     """
     info = opened.info
     source = rank if world_size in (None, info.world_size) else 0
     where = f"The checkpoint of step {info.step} ({opened.path})"
     wanted = _wanted(objects, [name for name in opened.names(source) if name != RNG], where)
     opened.prefetch(wanted, source)
-    states = {name: opened.state(name, source, copy=False, local=local) for name in wanted}
+    states = {
+        name: opened.state(name, source, copy=False, local=local or stand_ins(opened, name, source)) for name in wanted
+    }
     random_states = None
     if rng and rank < info.world_size and RNG in opened.names(rank):
         random_states = opened.state(RNG, rank)
-    _put(wanted, states, where)
-    _put_rng(rng, random_states, info.step)
+    loads = _loads(wanted, states, where)
+
+    def load() -> None:
+        _put(loads, where)
+        _put_rng(rng, random_states, info.step)
+
+    return load
 
 
 def restore(checkpoint: TrainingCheckpoint, objects: Mapping[str, Any], *, rng: bool = True) -> None:
     """`load_into` from a checkpoint in memory, which can be used again."""
     where = f"The checkpoint of step {checkpoint.step} ({checkpoint.path})"
     wanted = _wanted(objects, checkpoint.objects, where)
-    _put(wanted, {name: checkpoint.objects[name] for name in wanted}, where)
+    _put(_loads(wanted, {name: checkpoint.objects[name] for name in wanted}, where), where)
     _put_rng(rng, checkpoint.rng, checkpoint.step)
 
 
 def fit_module(module: torch.nn.Module, state: Any, where: str) -> Any:
-    """`state` as `module` wants it (a `module.` prefix of DDP removed); CheckpointError naming what does not fit."""
+    """`state` as `module` wants it (without the wrappers it was saved in); CheckpointError naming what does not fit."""
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{where}: the stored state is a {type(state).__name__}, not a module's state.")
-    own = module.state_dict()
+    own = module_state(module)
     if state and all(str(key).startswith("module.") for key in state) and not any(key in own for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
+    if any(key not in own for key in state):
+        names = {plain_name(key): key for key in own}
+        state = {names.get(plain_name(str(key)), key): value for key, value in state.items()}
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     shapes = [
@@ -102,16 +123,27 @@ def _wanted(objects: Mapping[str, Any], stored: Any, where: str) -> dict[str, An
     return wanted
 
 
-def _put(wanted: Mapping[str, Any], states: Mapping[str, Any], where: str) -> None:
-    fitted = dict(states)
+def _loads(wanted: Mapping[str, Any], states: Mapping[str, Any], where: str) -> dict[str, Callable[[], object]]:
+    """What puts each state into its object. All that can be is checked when this returns."""
+    loads: dict[str, Callable[[], object]] = {}
     for name, value in wanted.items():
+        state, here = states[name], f"{where}: {name!r}"
         if isinstance(value, torch.nn.Module):
-            fitted[name] = fit_module(value, states[name], f"{where}: {name!r}")
+            state = fit_module(value, state, here)
         elif _loads_as_torch_does(value):
-            _check_groups(value, states[name], f"{where}: {name!r}")
-    for name, value in wanted.items():
+            _check_groups(value, state, here)
+        loads[name] = sharded_load(value, state, wanted, here) or partial(_load, value, state)
+    return loads
+
+
+def _load(value: Any, state: Any) -> None:
+    value.load_state_dict(_own_state(value, state))
+
+
+def _put(loads: Mapping[str, Callable[[], object]], where: str) -> None:
+    for name, load in loads.items():
         try:
-            value.load_state_dict(_own_state(value, fitted[name]))
+            load()
         except _UNFIT as error:
             raise CheckpointError(f"{where}: {name!r} could not take its state: {error}") from error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -135,11 +135,38 @@ class OpenCheckpoint:
         from ray_tracking.checkpoint import regions
 
         with self._reading(0):
-            pieces = {each: self._document(each)["pieces"] for each in self._order(rank)}
-            places = {each: tuple(known[name]) for each, known in pieces.items() if name in known}
+            places = self._places(name, rank)
             if not places:
                 return regions.cut(self._find(family, name, rank), offset, size)
             return regions.assemble(places, lambda each: self._piece(family, name, each), offset, size)
+
+    def parts(
+        self,
+        family: str,
+        name: str,
+        offset: tuple[int, ...],
+        size: tuple[int, ...],
+        dtype: torch.dtype,
+        rank: int = 0,
+    ) -> list[tuple[Sequence[int], torch.Tensor]]:
+        """`region` of a sharded tensor as views of the files, and where in it each begins."""
+        from ray_tracking.checkpoint import regions
+
+        with self._reading(0):
+            places = self._places(name, rank)
+            if not places:
+                raise ValueError(f"no rank stored a part of the tensor {name!r}")
+            found = regions.parts(places, lambda each: self._piece(family, name, each), offset, size)
+            return [(begin, _as_dtype(name, part, dtype)) for begin, part in found]
+
+    def family_of(self, name: str, rank: int = 0) -> str:
+        """The family of files that the tensors of an object lie in."""
+        return self._tree(name, rank).family
+
+    def _places(self, name: str, rank: int) -> dict[int, tuple[int, ...]]:
+        """Where the part of a tensor begins that each rank stored, in the order in which they are to be tried."""
+        pieces = {each: self._document(each)["pieces"] for each in self._order(rank)}
+        return {each: tuple(known[name]) for each, known in pieces.items() if name in known}
 
     # -- trees -------------------------------------------------------------------------------------
 
@@ -211,8 +238,7 @@ class OpenCheckpoint:
     ) -> torch.Tensor:
         whole = self.region(tree.family, name, (0,) * len(shape), shape, rank)
         with self._reading(tree.where):
-            if whole.dtype != dtype:
-                raise ValueError(f"tensor {name!r} is {whole.dtype} instead of {dtype}")
+            whole = _as_dtype(name, whole, dtype)
         return private_copies([whole])[0] if copy else whole
 
 
@@ -287,6 +313,15 @@ def _torch_dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"this torch has no dtype {name!r}")
     return dtype
+
+
+def _as_dtype(name: str, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A part of a sharded tensor; dtypes that not every safetensors file can hold are stored as whole numbers."""
+    if stored.dtype == dtype:
+        return stored
+    if stored.is_floating_point() or stored.element_size() != dtype.itemsize:
+        raise ValueError(f"tensor {name!r} is {stored.dtype} instead of {dtype}")
+    return stored.view(dtype)
 
 
 def _reason(error: Exception) -> str:

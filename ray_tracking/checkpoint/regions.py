@@ -27,18 +27,33 @@ def cut(whole: torch.Tensor, offset: Index, size: Index) -> torch.Tensor:
 def assemble(
     places: Mapping[int, Index], piece: Callable[[int], torch.Tensor], offset: Index, size: Index
 ) -> torch.Tensor:
-    """The region of `size` at `offset`. `places`: rank -> where its box begins, in the order they are to be tried.
+    """The region of `size` at `offset`, put together from its `parts`; a view if there is one part."""
+    found = parts(places, piece, offset, size)
+    if len(found) == 1 and tuple(found[0][1].shape) == tuple(size):
+        return found[0][1]
+    dtype = found[0][1].dtype if found else piece(next(iter(places))).dtype
+    result = torch.empty(tuple(size), dtype=dtype)
+    for begin, part in found:
+        if part.dtype != dtype:
+            raise ValueError(f"parts of a tensor have the dtypes {dtype} and {part.dtype}")
+        cut(result, begin, part.shape).copy_(part)
+    return result
 
-    Asks `piece` for as few boxes as it can; a view if one box has it all. ValueError if boxes overlap or leave a hole.
+
+def parts(
+    places: Mapping[int, Index], piece: Callable[[int], torch.Tensor], offset: Index, size: Index
+) -> list[tuple[Index, torch.Tensor]]:
+    """The region of `size` at `offset` as views of the boxes, and where in it each begins.
+
+    `places`: rank -> where its box begins, in the order they are to be tried. Asks `piece` for as few boxes as it can.
+    ValueError if boxes overlap or leave a hole.
     """
     if any(len(place) != len(offset) for place in places.values()) or len(size) != len(offset):
         raise ValueError(
             f"a tensor's parts are at {[tuple(place) for place in places.values()]}, not at {tuple(offset)}"
         )
-    if 0 in size and places:
-        return torch.empty(tuple(size), dtype=piece(next(iter(places))).dtype)
     wanted = math.prod(size)
-    result: torch.Tensor | None = None
+    found: list[tuple[Index, torch.Tensor]] = []
     used: list[tuple[Index, Index]] = []
     filled = 0
     for rank in _likely_first(places, offset, size):
@@ -57,19 +72,15 @@ def assemble(
             continue
         part = cut(box, [first - have for first, have in zip(begin, place, strict=True)], shape)
         if part.numel() == wanted:
-            return part
+            return [((0,) * len(size), part)]
         if any(_overlap((begin, end), other) for other in used):
             raise ValueError(f"two parts of a tensor overlap at {tuple(begin)}")
         used.append((begin, end))
-        if result is None:
-            result = torch.empty(tuple(size), dtype=box.dtype)
-        if box.dtype != result.dtype:
-            raise ValueError(f"parts of a tensor have the dtypes {result.dtype} and {box.dtype}")
-        cut(result, [first - want for first, want in zip(begin, offset, strict=True)], shape).copy_(part)
+        found.append(([first - want for first, want in zip(begin, offset, strict=True)], part))
         filled += part.numel()
-    if result is None or filled != wanted:
+    if filled != wanted:
         raise ValueError(f"the parts of a tensor leave a hole in the region of {tuple(size)} at {tuple(offset)}")
-    return result
+    return found
 
 
 def _likely_first(places: Mapping[int, Index], offset: Index, size: Index) -> list[int]:

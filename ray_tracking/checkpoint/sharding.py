@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import zlib
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -29,19 +31,32 @@ def is_sharded(value: Any) -> bool:
 
 
 def piece_of(value: Any, path: str) -> Piece:
-    """Raises CheckpointError for a placement that can't be stored (partial sums)."""
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    """This rank's part of a DTensor. Ranks that hold replicas of a part store it in turn, by `path`.
 
-    mesh, placements = value.device_mesh, value.placements
-    if not all(isinstance(placement, Shard | Replicate) for placement in placements):
+    Sends no message. Raises CheckpointError for a placement that can't be stored (partial sums).
+    """
+    mesh, placements = value.device_mesh, tuple(value.placements)
+    if any(placement.is_partial() for placement in placements):
         raise CheckpointError(
             f"{path} is a DTensor placed as {placements}; only shards and replicas can be stored.",
             hint="Redistribute it first: tensor.redistribute(placements=[Shard(0)]).",
         )
-    _, offset = compute_local_shape_and_global_offset(value.shape, mesh, placements)
-    coordinate = mesh.get_coordinate() or [0] * len(placements)
-    first = all(
-        place == 0 for place, placement in zip(coordinate, placements, strict=True) if isinstance(placement, Replicate)
-    )
-    return Piece(value.to_local(), tuple(offset), tuple(value.shape), first)
+    whole = tuple(value.shape)
+    with torch.no_grad():
+        local = value.to_local()
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:  # the mesh is of other ranks
+        return Piece(local, (0,) * len(whole), whole, False)
+    copies, mine = 1, 0
+    for size, place, placement in zip(mesh.shape, coordinate, placements, strict=True):
+        if placement.is_replicate():
+            copies, mine = copies * size, mine * size + place
+    return Piece(local, _offset(whole, mesh, placements), whole, zlib.crc32(path.encode()) % copies == mine)
+
+
+@lru_cache(maxsize=1024)
+def _offset(whole: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> tuple[int, ...]:
+    """Kept from save to save: torch lists the indices of a sharded dimension to find the first."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return tuple(compute_local_shape_and_global_offset(whole, mesh, placements)[1])

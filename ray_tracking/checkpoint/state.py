@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ray_tracking.checkpoint.codec import Encoded, encode_state
+from ray_tracking.checkpoint.distributed_state import plain_name, sharded_state
 from ray_tracking.checkpoint.layout import FileLayout, TensorSpec, file_layout, spread
 from ray_tracking.checkpoint.manifest import Manifest, digest, model_file, tensor_file
 from ray_tracking.checkpoint.rng import capture_rng
@@ -28,6 +29,7 @@ replicated (or sharded) and written once."""
 RNG = "rng"
 """The name the random states are stored under; no object may have it."""
 _MODEL, _STATE = "model", "state"
+_SMALL = 1 << 20
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -137,7 +139,7 @@ def describe(
         for name, piece in encoded.pieces.items()
         if _is_stored(piece)
     }
-    mine = _share(families, rank, world_size)
+    mine = _share(families, rank, world_size, _buffers(objects))
     mine[_STATE].update(private.tensors)
     files = {}
     for family, plain in ((_MODEL, model_file(rank, world_size)), (_STATE, tensor_file(rank))):
@@ -175,15 +177,24 @@ def _is_rank_own(name: str, value: Any) -> bool:
     return name in PER_RANK or bool(getattr(value, "rank_own_state", False))
 
 
-def _share(families: Mapping[str, Encoded], rank: int, world_size: int) -> dict[str, dict[str, torch.Tensor]]:
-    """By family of files: the tensors that this rank stores."""
-    sizes = {
-        f"{family} {name}": tensor.nbytes
-        for family, encoded in families.items()
-        for name, tensor in encoded.tensors.items()
-        if name not in encoded.pieces
-    }
-    owners = spread(sizes, world_size)
+def _share(
+    families: Mapping[str, Encoded], rank: int, world_size: int, buffers: frozenset[str]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """By family of files: the tensors that this rank stores.
+
+    Rank 0 stores buffers, which are its own where the ranks have not exchanged them since the last forward pass; and of
+    sharded states what is small and whole, since every rank would have to read the files of all ranks for it.
+    """
+    sizes, owners = {}, {}
+    for family, encoded in families.items():
+        for name, tensor in encoded.tensors.items():
+            if name in encoded.pieces:
+                continue
+            if f"{family} {name}" in buffers or (encoded.pieces and tensor.nbytes <= _SMALL):
+                owners[f"{family} {name}"] = 0
+            else:
+                sizes[f"{family} {name}"] = tensor.nbytes
+    owners.update(spread(sizes, world_size))
     return {
         family: {
             name: tensor
@@ -192,6 +203,17 @@ def _share(families: Mapping[str, Encoded], rank: int, world_size: int) -> dict[
         }
         for family, encoded in families.items()
     }
+
+
+def _buffers(objects: Mapping[str, Any]) -> frozenset[str]:
+    """Of all modules, the names of their buffers among the tensors of a family."""
+    found = []
+    for name, value in objects.items():
+        module = unwrap(value)
+        if isinstance(module, torch.nn.Module) and not _is_rank_own(name, value):
+            prefix = f"{_MODEL} " if name == _MODEL else f"{_STATE} {name}."
+            found += [prefix + each for key, _ in module.named_buffers() for each in (key, plain_name(key))]
+    return frozenset(found)
 
 
 def _is_stored(piece: Piece) -> bool:
@@ -222,6 +244,9 @@ def state_of(name: str, value: Any, objects: Mapping[str, Any]) -> Any:
     if name.startswith("$") or not name:
         raise UsageError(f"An object can't be saved under the name {name!r}.", hint="Use a plain word.")
     value = unwrap(value)
+    sharded = sharded_state(name, value, objects)
+    if sharded is not None:
+        return sharded
     return value.state_dict() if hasattr(value, "state_dict") else value
 
 

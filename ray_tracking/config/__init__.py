@@ -25,7 +25,6 @@ from ray_tracking.config.problems import section
 from ray_tracking.config.redaction import REMOVED, redact, redact_text
 
 __all__ = [
-    "REMOVED",
     "ENVIRONMENTS",
     "REMOVED",
     "CheckpointConfig",

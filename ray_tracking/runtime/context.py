@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from ray_tracking.config import Config
 from ray_tracking.errors import UsageError
@@ -15,6 +14,7 @@ from ray_tracking.log import get_logger
 from ray_tracking.runtime.agenda import Agenda
 from ray_tracking.runtime.body import StepBody
 from ray_tracking.runtime.loading.loader import ResumableLoader
+from ray_tracking.runtime.parallel import Parallel, parallelize, without_exchange
 from ray_tracking.runtime.saving import Saver
 from ray_tracking.tracking.base import ExperimentTracker
 
@@ -96,16 +96,13 @@ class Run:
 
     # --- what is trained ------------------------------------------------------------------------------------
 
-    def prepare(self, model: torch.nn.Module, **options: Any) -> torch.nn.Module:
-        """The model on this rank's device, wrapped in DistributedDataParallel if there are several ranks.
+    def prepare(self, model: torch.nn.Module, parallel: Parallel | None = "ddp", **options: Any) -> torch.nn.Module:
+        """The model on this rank's device, and, if there are several ranks, spread over them from rank 0's weights.
 
-        `options` go to DistributedDataParallel. All ranks start from rank 0's weights.
+        "ddp": whole on each, in DistributedDataParallel; "fsdp": in shards (fully_shard of each of its blocks, then of
+        the rest); None: not at all. `options` go to these. Build the optimizer afterwards, and give run.restore both.
         """
-        model = model.to(self.device)
-        if self.world_size == 1 or not any(p.requires_grad for p in model.parameters()):
-            return model
-        devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, **options)
+        return parallelize(model, self.device, self.world_size, parallel, **options)
 
     def loader(
         self,
@@ -217,8 +214,8 @@ class Run:
         return self._agenda.stop
 
     def no_sync(self, model: torch.nn.Module) -> AbstractContextManager[None]:
-        """For gradient accumulation: no gradient exchange inside (DistributedDataParallel.no_sync)."""
-        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+        """For gradient accumulation: no gradient exchange inside, of a model from `prepare`."""
+        return without_exchange(model)
 
     # --- inside ---------------------------------------------------------------------------------------------
 

@@ -17,14 +17,14 @@ import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy
-from ray_tracking.checkpoint.inplace import load_into
+from ray_tracking.checkpoint.inplace import prepare_load
 from ray_tracking.checkpoint.manifest import CheckpointInfo, Manifest, step_folder
 from ray_tracking.checkpoint.reader import OpenCheckpoint
 from ray_tracking.checkpoint.staging import Stager
-from ray_tracking.checkpoint.state import RNG, Description, describe
+from ray_tracking.checkpoint.state import Description, describe
 from ray_tracking.checkpoint.store import Found
 from ray_tracking.checkpoint.writer import CheckpointWriter, WriterOptions
-from ray_tracking.errors import CheckpointCorruptError, CheckpointError, RayTrackingError
+from ray_tracking.errors import CheckpointCorruptError, CheckpointError, RayTrackingError, RefusedError, StorageError
 from ray_tracking.log import get_logger
 from ray_tracking.runtime.collective import all_true, broadcast, greatest
 
@@ -93,13 +93,14 @@ class Saver:
         """
         self._objects = {name: value for name, value in objects.items() if value is not None}
         for info in self._ordered():
-            opened = self._open(info)
-            if not all_true(opened is not None) or opened is None:
-                if opened is not None:
-                    opened.close()
+            with OpenCheckpoint(self._store.storage, info, self._store.keyring) as opened:
+                load = self._prepared(opened)
+                usable = all_true(load is not None)
+                if usable and load is not None:
+                    load()
+                del load  # it holds views of the files
+            if not usable:
                 continue
-            with opened:
-                load_into(self._objects, opened, rank=self._rank, world_size=self._world_size)
             self._last_step = info.step
             # Values that an earlier attempt reached past this step count no more: they are reached again.
             best = self.strategy.best([each for each in self._candidates if each.step <= info.step])
@@ -119,19 +120,13 @@ class Saver:
             )
         return None
 
-    def _open(self, info: CheckpointInfo) -> OpenCheckpoint | None:
-        """The checkpoint with everything this rank reads of it verified, None (said) if that fails."""
-        opened = OpenCheckpoint(self._store.storage, info, self._store.keyring)
+    def _prepared(self, opened: OpenCheckpoint) -> Callable[[], None] | None:
+        """What restores the checkpoint, with everything this rank reads of it verified; None (said) if that fails."""
         try:
-            rank = self._rank if self._world_size == info.world_size else 0
-            opened.prefetch([name for name in self._objects if name in opened.names(rank)], rank)
-            if self._rank < info.world_size and RNG in opened.names(self._rank):
-                opened.prefetch([RNG], self._rank)
-        except (RayTrackingError, FileNotFoundError) as error:
-            opened.close()
-            log.error("checkpoint not usable, trying the one before it", step=info.step, reason=str(error))
+            return prepare_load(self._objects, opened, rank=self._rank, world_size=self._world_size)
+        except (RefusedError, StorageError, FileNotFoundError) as error:
+            log.error("checkpoint not usable, trying the one before it", step=opened.info.step, reason=str(error))
             return None
-        return opened
 
     @property
     def has_objects(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 from ray.train import PreemptionInfo
 from ray.train.v2._internal.execution.context import get_train_context
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, TensorDataset
 
 from ray_tracking import Run
@@ -26,7 +27,8 @@ def data() -> TensorDataset:
 
 def regression(run: Run) -> None:
     """Ten scalars a step; dies once after `params.die_at` steps, by `params.how`."""
-    model = run.prepare(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.1), nn.Linear(8, 1)))
+    net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.1), nn.Linear(8, 1))
+    model = run.prepare(net, parallel=run.params.get("parallel", "ddp"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     loader = run.loader(data(), batch_size=5)
     run.restore(model=model, optimizer=optimizer, loader=loader)
@@ -39,8 +41,13 @@ def regression(run: Run) -> None:
             run.log_metrics({"train/loss": loss, **{f"train/m{i}": run.step * 10 + i for i in range(9)}})
             _die_once(run)
         run.log_metrics({"val/loss": loss.item() + 1})
-    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    weights = torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
     run.log_text("weights", " ".join(float(w).hex() for w in weights))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be sharded over the ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _die_once(run: Run) -> None:

@@ -105,6 +105,22 @@ def test_sealed_and_saved_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not any(key in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
+def test_sharded_by_fsdp(tmp_path: Path) -> None:
+    """Each rank stores its shard; after a failure training goes on to the same end, bit for bit."""
+    params = {"parallel": "fsdp", "marker": str(tmp_path / "died"), "how": "raise"}
+    undisturbed = TrainingManager(config(tmp_path, 2, params)).fit(functions.regression)
+    settings = {"failure.max_failures": 1}
+    failing = TrainingManager(config(tmp_path, 2, {**params, "die_at": 10}, **settings)).fit(functions.regression)
+    attempts = RunStore(Storage.open(tmp_path)).load(failing.run_id).attempts
+    assert [attempt.resumed_from_step for attempt in attempts] == [-1, 8]
+    stores = [CheckpointStore(Storage.open(result.path)) for result in (undisturbed, failing)]
+    ends = [store.checkpoints()[-1] for store in stores]
+    assert [info.step for info in ends] == [24, 24]
+    one, other = (store.load(info).model_state for store, info in zip(stores, ends, strict=True))
+    assert one["0.weight"].shape == (8, 6)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_whole_run_on_s3(tmp_path: Path, s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Journal, checkpoints and Ray's own run directory on a real S3 server; a worker dies and training goes on."""
     monkeypatch.chdir(tmp_path)
