@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -64,18 +64,22 @@ class Event(NamedTuple):
     payload: dict[str, Any]
 
 
-def records_of(event: Event, *, rank: int, attempt: int) -> Iterator[Record]:
+def records_of(event: Event, *, rank: int, attempt: int) -> list[Record]:
     """The journal rows of one log call, in the order of its keys."""
-    kind = Kind(event.kind)
-    numeric = kind in NUMERIC
-    for key, value in event.payload.items():
-        number, data = (_float(value), None) if numeric else (None, value)
-        yield Record(kind, _text(key), event.step, event.time, number, data, rank, attempt, event.seq)
+    seq, name, step, time, payload = event
+    kind = Kind(name)
+    if kind in NUMERIC:
+        return [
+            Record(kind, _text(key), step, time, _float(value), None, rank, attempt, seq)
+            for key, value in payload.items()
+        ]
+    return [Record(kind, _text(key), step, time, None, data, rank, attempt, seq) for key, data in payload.items()]
 
 
 def _text(key: Any) -> str:
     """A key as text that UTF-8 can hold."""
-    return str(key).encode("utf-8", "replace").decode()
+    text = str(key)
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _float(number: Any) -> float:

@@ -24,7 +24,8 @@ def pack(table: pa.Table, attempt: int | None) -> tuple[Segment, memoryview]:
     if attempt is None:
         pq.write_table(table, sink, compression="zstd", row_group_size=1 << 17, write_page_checksum=True)
     else:
-        options = ipc.IpcWriteOptions(compression="zstd", use_threads=False)
+        # Small and many: zstd's set-up for each column would cost more than the rest of an append.
+        options = ipc.IpcWriteOptions(compression="lz4", use_threads=False)
         with ipc.new_file(sink, SCHEMA, options=options) as writer:
             writer.write_table(table.unify_dictionaries().combine_chunks())
     data = memoryview(sink.getvalue())

@@ -37,7 +37,10 @@ SCHEMA = pa.schema(
 
 def number(records: Sequence[Record], first: int) -> list[Record]:
     """The records with the offsets `first`, `first + 1`, ..."""
-    return [Record._make((*record[:-1], offset)) for offset, record in enumerate(records, first)]
+    if not records:
+        return []
+    *columns, _ = zip(*records, strict=True)
+    return list(map(Record._make, zip(*columns, range(first, first + len(records)), strict=True)))
 
 
 def table_of(records: Sequence[Record]) -> pa.Table:

@@ -16,6 +16,7 @@ from ray_tracking.log import get_logger
 from ray_tracking.records import Kind, Record
 from ray_tracking.storage import Storage
 from ray_tracking.tracking.backends.base import Backend, BackendIdentity, RunInfo
+from ray_tracking.tracking.collector import settle
 from ray_tracking.tracking.cursor import BackendState, Cursor
 from ray_tracking.tracking.plan import Lineage, split_at_attempts
 from ray_tracking.tracking.tail import Tail
@@ -23,8 +24,10 @@ from ray_tracking.tracking.tail import Tail
 log = get_logger()
 
 _READ_ROWS = 2000
-_PAUSE_SECONDS = 1.0
-"""Between two calls to a backend that keeps up: backends cost by the call, so a second's rows go together."""
+_PAUSE_SECONDS = 2.0
+"""Between two calls to a backend that keeps up: backends cost by the call, so two seconds' rows go together."""
+_LAST_PAUSE_SECONDS = 1.0
+"""At most this long between the last tries, when the run ends."""
 _SAVE_SECONDS = 5.0
 _FLUSH_SECONDS = 10.0
 _LONGEST_WAIT_SECONDS = 60.0
@@ -55,6 +58,7 @@ class Delivery:
         self._deadline = deadline
         self._lineage: Lineage | None = None
         self._opened = False
+        self._settled = False
         self._failures = 0
         self._failures_at_end = 0
         self._down_at_end = False
@@ -64,6 +68,7 @@ class Delivery:
         self._end: float | None = None
         self._status: str | None = None
         self._finishing = threading.Event()
+        self._hurried = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"deliver-{backend.name}", daemon=True)
 
     def start(self) -> None:
@@ -79,7 +84,12 @@ class Delivery:
         self._status = status
         self._end = end
         self._finishing.set()
+        self.hurry()
         self._tail.wake()
+
+    def hurry(self) -> None:
+        """Someone waits for what the journal has now: make no pause before the next call."""
+        self._hurried.set()
 
     def join(self, timeout: float) -> Cursor:
         """Wait for the thread, at most `timeout` seconds; returns (and saves) how it stands after that."""
@@ -138,7 +148,8 @@ class Delivery:
                 continue
             if finishing:
                 break
-            self._finishing.wait(_PAUSE_SECONDS)
+            self._hurried.wait(_PAUSE_SECONDS)
+            self._hurried.clear()
             if not self._finishing.is_set():
                 self._tail.wait(self.cursor.offset, _SAVE_SECONDS)
         self._close()
@@ -181,6 +192,9 @@ class Delivery:
             self._lineage = None
         self._save()
         self._opened = True
+        if not self._settled:
+            settle()
+            self._settled = True
 
     def _deliver(self, rows: Sequence[Record], lineage: Lineage) -> None:
         """Rows of one attempt, the attempt's own row alone. The cursor moves with every call that succeeded."""
@@ -194,7 +208,7 @@ class Delivery:
         lineage.go_on(self._reader, rows[0].attempt, rewinds=self._backend.rewinds)
         for i in range(0, len(rows), self._backend.max_records):
             part = rows[i : i + self._backend.max_records]
-            wanted = [row for row in part if row.kind in self._kinds and lineage.is_news(row)]
+            wanted = [row for row in lineage.news(part) if row.kind in self._kinds]
             if wanted:
                 self._backend.write(wanted)
             self._advance(part)
@@ -222,7 +236,7 @@ class Delivery:
         if self._finishing.is_set():
             self._failures_at_end += 1
             left = (self._end or 0.0) - time.monotonic()
-            time.sleep(max(min(wait, left, _PAUSE_SECONDS), 0.0))
+            time.sleep(max(min(wait, left, _LAST_PAUSE_SECONDS), 0.0))
         else:
             self._finishing.wait(wait)
             self._down_at_end = True

@@ -93,9 +93,8 @@ class Intake:
             except JournalError as error:
                 raise _Unfit(str(error)) from error
             # Not `records`: after a failure the writer also writes what it kept of other senders.
-            for record in durable:
-                sender = (record.attempt, record.rank)
-                self._seqs[sender] = max(self._last_seq(*sender), record.seq)
+            for attempt, rank, seq in {(record.attempt, record.rank, record.seq) for record in durable}:
+                self._seqs[attempt, rank] = max(self._last_seq(attempt, rank), seq)
             records = self._written(durable) if durable else []
 
     def _refuse(self, ticket: _Ticket, error: _Unfit) -> None:

@@ -48,13 +48,20 @@ class Lineage:
         self._shown = shown_before(reader, *begun) if again and begun else frozenset()
         self._attempt = attempt
 
-    def is_news(self, row: Record) -> bool:
-        """Whether a row is to be shown: neither shown by an earlier attempt nor superseded by a later one."""
-        if row.kind in STEPLESS:
-            return True
-        if any(later > row.attempt and row.step > step for later, (step, _) in self._begun.items()):
-            return False  # a worker group thought dead that still sends
-        return not self._shown or (row.kind, row.key, row.step, row.rank) not in self._shown
+    def news(self, rows: Sequence[Record]) -> Sequence[Record]:
+        """Those of one attempt's rows that are to be shown: neither shown by an earlier attempt nor superseded by
+        a later one (of a worker group thought dead that still sends).
+        """
+        attempt, shown = rows[0].attempt, self._shown
+        last = min((step for later, (step, _) in self._begun.items() if later > attempt), default=None)
+        if last is None and not shown:
+            return rows
+        return [
+            row
+            for row in rows
+            if row.kind in STEPLESS
+            or ((last is None or row.step <= last) and (row.kind, row.key, row.step, row.rank) not in shown)
+        ]
 
 
 def shown_before(reader: JournalReader, step: int, offset: int) -> frozenset[Point]:

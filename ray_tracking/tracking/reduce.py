@@ -41,9 +41,9 @@ class RankReducer:
         """
         whole: list[Record] = []
         for row in rows:
-            if row.attempt != self.attempt:
-                continue
-            if row.kind is Kind.SCALAR and row.seq == 0 and row.key.endswith(MEAN):
+            if (row.kind is Kind.SCALAR and row.seq) or row.attempt != self.attempt:
+                continue  # the first of these is nearly every row
+            if row.kind is Kind.SCALAR and row.key.endswith(MEAN):
                 self._finish((row.key.removesuffix(MEAN), row.step))
             elif row.kind is Kind.RANK_SCALAR and (row.key, row.step) not in self._done:
                 point = (row.key, row.step)

@@ -57,7 +57,7 @@ class Sender:
         *,
         rank: int,
         attempt: int,
-        interval: float = 0.25,
+        interval: float = 0.5,
         memory_limit: int = 64 << 20,
     ) -> None:
         self.rank = rank

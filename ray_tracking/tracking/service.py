@@ -26,6 +26,7 @@ from ray_tracking.runs.store import RunStore
 from ray_tracking.runs.summary import Summary
 from ray_tracking.storage import Storage
 from ray_tracking.tracking.backends.base import Backend, RunInfo
+from ray_tracking.tracking.collector import settle
 from ray_tracking.tracking.cursor import BackendState, Cursor
 from ray_tracking.tracking.delivery import Delivery
 from ray_tracking.tracking.factory import create_backends
@@ -71,6 +72,7 @@ class TrackerService:
         self._deliveries, self._unavailable = self._start_deliveries(root)
         self._keeper = threading.Thread(target=self._keep, name="ray-tracking-keeper", daemon=True)
         self._keeper.start()
+        settle()
 
     # --- attempts -------------------------------------------------------------------------------------------
 
@@ -102,25 +104,25 @@ class TrackerService:
 
     def _written(self, rows: list[Record]) -> list[Record]:
         """Rows that are durable now, in journal order. Returns what is to be journaled because of them."""
-        self._note_resumes(rows)
-        self._summarise(rows)
+        begun = [row for row in rows if row.kind is Kind.ATTEMPT]
+        self._note_resumes(begun)
+        self._summarise(rows, begun)
         self._tail.add(rows)
         return self._reducer.add(rows)
 
-    def _summarise(self, rows: list[Record]) -> None:
+    def _summarise(self, rows: list[Record], begun: list[Record]) -> None:
         reached = self._summary.last_step
         with self._summarising:
             self._summary.add(rows)
-        if any(row.kind is Kind.ATTEMPT and row.step < reached for row in rows):
+        if any(row.step < reached for row in begun):
             # What earlier attempts logged past that step counts no more: neither as last nor as best.
             effective = JournalReader(self._directory, strict=False).effective()
             with self._summarising:
                 self._summary.replace_metrics(effective)
 
-    def _note_resumes(self, written: list[Record]) -> None:
-        for record in written:
-            if record.kind is Kind.ATTEMPT:
-                self._change_record(partial(RunRecord.resumed, number=record.attempt, step=record.step))
+    def _note_resumes(self, begun: list[Record]) -> None:
+        for record in begun:
+            self._change_record(partial(RunRecord.resumed, number=record.attempt, step=record.step))
 
     def _change_record(self, change: Callable[[RunRecord], RunRecord]) -> None:
         """Change run.json. If the storage does not take it now, the keeper or the run's end writes it."""
@@ -168,6 +170,8 @@ class TrackerService:
     def wait_delivered(self, timeout: float) -> bool:
         """Wait until every backend has what is in the journal now. False if the time ran out."""
         target, end = self._tail.next_offset, time.monotonic() + timeout
+        for delivery in self._deliveries:
+            delivery.hurry()
         while any(delivery.cursor.offset < target for delivery in self._deliveries):
             if time.monotonic() > end:
                 return False

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
-from itertools import islice
 
 from ray_tracking.records import Record
 
@@ -18,7 +16,7 @@ class Tail:
     def __init__(self, next_offset: int, keep: int = 20_000, keep_bytes: int = 64 << 20) -> None:
         self._keep = keep
         self._keep_bytes = keep_bytes
-        self._rows: deque[Record] = deque()
+        self._rows: list[Record] = []  # a deque would be walked from its end to where a read begins
         self._bytes = 0
         self._next = next_offset
         self._changed = threading.Condition()
@@ -32,11 +30,18 @@ class Tail:
         """Rows that are durable now, in order."""
         with self._changed:
             self._rows.extend(records)
-            self._bytes += sum(map(_size, records))
+            self._bytes += _size(records)
             self._next = records[-1].offset + 1
-            while self._rows and (len(self._rows) > self._keep or self._bytes > self._keep_bytes):
-                self._bytes -= _size(self._rows.popleft())
+            self._drop_oldest()
             self._changed.notify_all()
+
+    def _drop_oldest(self) -> None:
+        count = max(0, len(self._rows) - self._keep)
+        self._bytes -= _size(self._rows[:count])
+        while self._bytes > self._keep_bytes:
+            self._bytes -= _size(self._rows[count : count + 1])
+            count += 1
+        del self._rows[:count]
 
     def wait(self, offset: int, timeout: float) -> None:
         """Wait until there is a row at `offset`, until woken, or until the time runs out."""
@@ -54,8 +59,8 @@ class Tail:
             if start >= self._next:
                 return []
             begin = start - (self._rows[0].offset if self._rows else self._next)
-            return list(islice(self._rows, begin, begin + limit)) if begin >= 0 else None
+            return self._rows[begin : begin + limit] if begin >= 0 else None
 
 
-def _size(record: Record) -> int:
-    return _ROW_BYTES + len(record.data or b"")
+def _size(records: list[Record]) -> int:
+    return _ROW_BYTES * len(records) + sum(len(record.data) for record in records if record.data)

@@ -28,7 +28,7 @@ from tests.bench.windows import Windows
 from tests.bench.workload import KEYS, THREE_BACKENDS, metrics_of
 
 _ROUNDS, _QUICK_ROUNDS = 18, 4
-_WINDOW_SECONDS = 6.0
+_WINDOW_SECONDS = 8.0
 _FOREIGN_CORES = 0.1
 """A round in which others took more than this is taken again."""
 _WORKERS = 2

@@ -17,7 +17,7 @@ from tests.bench.machine import child_named, machine_cpu, tree_cpu
 from tests.bench.workload import KEYS
 
 _SILENT_WARM_UP_SECONDS = 0.4
-_TRACKED_WARM_UP_SECONDS = 2.5
+_TRACKED_WARM_UP_SECONDS = 4.0
 """Longer than delivery lags: from then on the backends work at the pace of the logging."""
 _SETTLE_SECONDS = 0.5
 _DELIVERY_SECONDS = 120.0

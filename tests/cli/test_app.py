@@ -25,7 +25,9 @@ def test_help_lists_every_command_with_its_help(cli: Cli) -> None:
         assert "..." not in line
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "runs ls", "runs show", "runs compare", "checkpoints ls", "checkpoints prune"])
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, "runs ls", "runs show", "runs compare", "checkpoints ls", "checkpoints prune"]
+)
 def test_every_command_has_help(cli: Cli, command: str) -> None:
     done = cli(*command.split(), "--help")
     assert done.code == 0

@@ -58,7 +58,7 @@ def test_shows_the_effective_history_each_point_once(
                 lineage.begin(reader, part[0], rewinds=rewinds)
             else:
                 lineage.go_on(reader, part[0].attempt, rewinds=rewinds)
-                shown += [(record.key, record.step) for record in part if lineage.is_news(record)]
+                shown += [(record.key, record.step) for record in lineage.news(part)]
     assert len(shown) == len(set(shown))
     effective = reader.effective()
     wanted = set(zip(effective["key"].to_pylist(), effective["step"].to_pylist(), strict=True))

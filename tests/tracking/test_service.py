@@ -215,6 +215,21 @@ def test_real_tensorboard_and_an_mlflow_where_nothing_listens(start: Any, tmp_pa
     assert (record.status, record.attempts[-1].reason) == (Status.COMPLETED, "done")
 
 
+def test_who_waits_for_delivery_waits_no_pause_out(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = FakeBackend("shows")
+    monkeypatch.setattr(service_module, "create_backends", lambda _: [backend])
+    monkeypatch.setattr("ray_tracking.tracking.delivery._PAUSE_SECONDS", 60.0)
+    service = start({"enabled": True})
+    attempt = service.begin_attempt(1)
+    for begin in (1, 11, 21):  # the first call comes at once, what comes after it waits for the next
+        service.append(0, attempt, events(range(begin, begin + 10)))
+        assert service.wait_delivered(30)
+        assert len(shown(backend)) == begin + 9
+    service.append(0, attempt, events(range(31, 41)))
+    assert service.close("completed", "done")["backends"]["shows"]["state"] == "complete"
+    assert len(shown(backend)) == 40
+
+
 def test_close_twice_and_by_several(start: Any, tmp_path: Path) -> None:
     service = start()
     service.append(0, service.begin_attempt(1), events(range(1, 4)))

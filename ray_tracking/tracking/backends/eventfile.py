@@ -23,7 +23,8 @@ from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionStartInfo
 from tensorboard.plugins.text import metadata as text_metadata
-from tensorboard.summary.writer.record_writer import RecordWriter
+
+from ray_tracking.tracking.backends.crc import masked_crc32c
 
 _NAME = re.compile(r"^events\.out\.tfevents\.(\d+)\.")
 _NOTHING = TensorProto(dtype=DT_FLOAT, tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=0)]))
@@ -41,7 +42,6 @@ class EventFile:
         self.size = 0
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
         self._buffer = io.BytesIO()
-        self._records = RecordWriter(self._buffer)
         self._put(
             Event(
                 wall_time=time.time(),
@@ -95,7 +95,9 @@ class EventFile:
         os.close(self._handle)
 
     def _put(self, event: Event) -> None:
-        self._records.write(event.SerializeToString())
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        self._buffer.write(b"".join((length, masked_crc32c(length), data, masked_crc32c(data))))
 
     def _append(self) -> None:
         data = memoryview(self._buffer.getvalue())

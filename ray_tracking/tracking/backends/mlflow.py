@@ -1,4 +1,4 @@
-"""MLflow: one call per thousand metrics, to a tracking server or an SQLite file."""
+"""MLflow: one call per thousand metrics to a tracking server, one transaction to a database."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ray_tracking.tracking.backends.base import Backend, BackendIdentity, RunInf
 from ray_tracking.tracking.backends.media import artifact_file, param_of, param_text, storable, text_of
 from ray_tracking.tracking.backends.mlflow_errors import answers, without_login
 from ray_tracking.tracking.backends.mlflow_names import PARAM_LIMIT, TAG_LIMIT, Names, path_name
+from ray_tracking.tracking.backends.mlflow_sql import Metric, SqlMetrics
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,6 +49,7 @@ class MLflowBackend(Backend):
 
     name: ClassVar[str] = "mlflow"
     kinds: ClassVar[frozenset[Kind]] = frozenset(set(Kind) - {Kind.HISTOGRAM, Kind.ATTEMPT})
+    max_records: ClassVar[int] = 2000
 
     def __init__(
         self, tracking_uri: str | None = None, experiment_name: str | None = None, log_models: bool = False
@@ -56,6 +58,7 @@ class MLflowBackend(Backend):
         self._experiment_name = experiment_name
         self._log_models = log_models
         self._client: MlflowClient
+        self._sql: SqlMetrics | None = None
         self._run_id = ""
         self._artifacts = ""
         self._names = Names()
@@ -80,6 +83,7 @@ class MLflowBackend(Backend):
             artifact_location = f"{local}/mlflow-artifacts"
         with answers(uri):
             self._client = MlflowClient(uri)
+            self._sql = SqlMetrics.of(self._client)
             found = self._find(run, identity, artifact_location)
             self._run_id = found.info.run_id
             if found.info.status != "RUNNING":
@@ -161,11 +165,12 @@ class MLflowBackend(Backend):
             for record in files:
                 self._log_file(record)
 
-    def _metrics(self, records: Sequence[Record], last: dict[str, tuple[int, int]], tags: dict[str, str]) -> list[Any]:
+    def _metrics(
+        self, records: Sequence[Record], last: dict[str, tuple[int, int]], tags: dict[str, str]
+    ) -> list[Metric]:
         """The scalars. One that repeats key and step within a millisecond goes a millisecond later, lest it vanish."""
-        from mlflow.entities import Metric
-
         metrics = []
+        names: dict[str, str] = {}
         for record in records:
             if record.kind is not Kind.SCALAR or record.value is None:
                 continue
@@ -174,7 +179,10 @@ class MLflowBackend(Backend):
             if before is not None and before[0] == step and stamp <= before[1]:
                 stamp = before[1] + 1
             last[record.key] = (step, stamp)
-            metrics.append(Metric(self._name(record.key, tags), record.value, stamp, step))
+            name = names.get(record.key)
+            if name is None:
+                name = names[record.key] = self._name(record.key, tags)
+            metrics.append(Metric(name, record.value, stamp, step))
         return metrics
 
     def _name(self, key: str, tags: dict[str, str]) -> str:
@@ -196,15 +204,19 @@ class MLflowBackend(Backend):
             if self.changed_params == 1:
                 log.warning("MLflow can't change a param; the first value stays", param=record.key, stays=known)
 
-    def _log(self, metrics: list[Any], params: dict[str, str], tags: dict[str, str]) -> None:
+    def _log(self, metrics: list[Metric], params: dict[str, str], tags: dict[str, str]) -> None:
+        from mlflow.entities import Metric as Entity
         from mlflow.entities import Param, RunTag
 
+        direct = self._sql
         self._client.log_batch(
             self._run_id,
-            metrics,
+            [] if direct else [Entity(*metric) for metric in metrics],
             [Param(key, value) for key, value in params.items()],
             [RunTag(key, value) for key, value in tags.items()],
         )
+        if direct and not direct.write(self._run_id, metrics):
+            self._client.log_batch(self._run_id, [Entity(*metric) for metric in metrics])  # says why not
 
     def _log_file(self, record: Record) -> None:
         if record.kind is Kind.ARTIFACT:

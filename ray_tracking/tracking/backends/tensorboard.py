@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ray_tracking.errors import BackendError, StorageError
@@ -190,6 +191,7 @@ class TensorBoardBackend(Backend):
         return self._file
 
 
+@lru_cache(10_000)
 def shown_tag(key: str) -> str:
     """The key as a TensorBoard tag: an empty one, or one that is not UTF-8, gets a digest."""
     return fitting(key, replace=_REFUSED, limit=100_000)

@@ -9,20 +9,23 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import groupby
 from typing import Any, ClassVar
 
-from ray_tracking.errors import BackendError, BackendRefusedError
+from ray_tracking.errors import BackendError
 from ray_tracking.log import get_logger
 from ray_tracking.records import Artifact, Histogram, Kind, Record
 from ray_tracking.tracking.backends.base import Backend, BackendIdentity, RunInfo
 from ray_tracking.tracking.backends.media import artifact_file, param_of, png_shape, storable, text_of
 from ray_tracking.tracking.backends.names import fitting
+from ray_tracking.tracking.backends.wandb_errors import answers, check_login, forget_service
 from ray_tracking.tracking.backends.wandb_rows import COMPANION, OFFSET, Rows, held_offset
+from ray_tracking.tracking.backends.wandb_stream import Row, Stream, is_plain
 
 log = get_logger()
 
-_LOGIN_HINT = "Run `wandb login`, or set experiment_tracking.wandb.mode: offline and upload later with `wandb sync`."
 _RUN_ID_REFUSED = re.compile(r"[^A-Za-z0-9_.-]")
 _KEY_REFUSED = re.compile(rf"^_|{re.escape(COMPANION)}$|[\ud800-\udfff]")
 _FILE_SECONDS = 10.0
@@ -35,11 +38,13 @@ _NO_IMAGE = "[not a PNG image]"
 class WandbBackend(Backend):
     """One W&B run with our run id. Files go to `<local_dir>/wandb/`; nothing about code, git or machine is collected.
 
-    A text is a plain string in the row. A row reaches an offline file within a second, an open row with the next step.
+    A text is a plain string in the row. A row reaches an offline file within a second; the last one waits here for
+    more points of its step, until a later step's come.
     """
 
     name: ClassVar[str] = "wandb"
     kinds: ClassVar[frozenset[Kind]] = frozenset(set(Kind) - {Kind.ATTEMPT})
+    max_records: ClassVar[int] = 2000
 
     def __init__(
         self,
@@ -53,7 +58,9 @@ class WandbBackend(Backend):
         self._tags = list(tags or ())
         self._mode = mode
         self._run: Any = None
+        self._stream: Stream | None = None
         self._rows = Rows()
+        self._waiting: Row | None = None
         self._held = -1
         self._files: tuple[str, str] | None = None
         self._position: int | None = None
@@ -66,19 +73,21 @@ class WandbBackend(Backend):
         if "wandb" not in sys.modules:
             # Left by a parent process that uses W&B: its service would keep our run's id after we were killed.
             os.environ.pop("WANDB_SERVICE", None)
+            # For its service, which else keeps several cores awake for work that one does in passing.
+            os.environ.setdefault("GOMAXPROCS", "1")
         import wandb
 
         run_id = fitting(run.run_id, replace=_RUN_ID_REFUSED, limit=64)
         folder = os.path.join(os.path.abspath(run.local_dir), "wandb")
         os.makedirs(folder, exist_ok=True)
         if self._mode == "online":
-            _check_login(wandb)
+            check_login(wandb)
         if self._run is not None:  # still up: only the call failed that made delivery open it again
             self._position = self._held
             return BackendIdentity(run_id, folder)
         self._position = held_offset(folder, run_id) if self._mode == "offline" else None
         self._artifacts, self._run_tags, self._companions = run.artifacts, dict(run.tags), set()
-        with _answers():
+        with answers():
             self._run = wandb.init(
                 id=run_id,
                 name=run.name,
@@ -96,7 +105,8 @@ class WandbBackend(Backend):
             self._position = _as_offset(self._run.summary.get(OFFSET))
         self._held = -1 if self._position is None else self._position
         self._files = (folder, run_id) if self._mode == "offline" else None
-        self._rows = Rows(self._run.step - 1)
+        self._rows, self._waiting = Rows(self._run.step - 1), None
+        self._stream = Stream.of(self._run)
         return BackendIdentity(run_id, folder)
 
     def position(self) -> int | None:
@@ -107,6 +117,8 @@ class WandbBackend(Backend):
         params: dict[str, Any] = {}
         tags: dict[str, str] = {}
         plan = self._rows.copy()
+        if self._waiting is not None:
+            rows[self._waiting[0]] = self._waiting[1].copy()
         with self._calls():
             for record in records:
                 if record.kind is Kind.PARAM:
@@ -123,10 +135,30 @@ class WandbBackend(Backend):
                 self._run_tags |= tags
                 self._run.tags = self._shown_tags()
                 self._run.config.update({"tags": self._run_tags}, allow_val_change=True)
-            for position, row in rows.items():
-                self._run.log(row, step=position)
-                self._rows = self._rows.reached(position, row)
-                self._held = max(self._held, row.get(OFFSET, -1))
+            if rows:
+                *whole, waiting = rows.items()
+                self._send(whole)
+                self._reached(*waiting)
+                self._waiting = waiting
+
+    def _send(self, rows: Sequence[Row]) -> None:
+        """Whole rows to W&B: neighbours of plain values together, one with media by `run.log`, which takes these."""
+        for stream, group in groupby(rows, key=lambda row: self._stream if is_plain(row) else None):
+            if stream is not None:
+                part = list(group)
+                stream.send(part)
+                for position, row in part:
+                    self._reached(position, row)
+                self._waiting = None
+            else:
+                for position, row in group:
+                    self._run.log(row, step=position, commit=True)
+                    self._reached(position, row)
+                    self._waiting = None
+
+    def _reached(self, position: int, row: dict[str, Any]) -> None:
+        self._rows = self._rows.reached(position, row)
+        self._held = max(self._held, row.get(OFFSET, -1))
 
     def _add(self, rows: dict[int, dict[str, Any]], plan: Rows, record: Record) -> None:
         key = shown_key(record.key)
@@ -134,7 +166,9 @@ class WandbBackend(Backend):
             self._renamed[key] = storable(record.key, _TEXT_LIMIT)
             self._run.config.update({"shown_names": self._renamed}, allow_val_change=True)
         position, companion = plan.place(key, record.step)
-        row = rows.setdefault(position, {"_timestamp": record.time})
+        row = rows.get(position)
+        if row is None:
+            row = rows[position] = {"_timestamp": record.time}
         row[key] = record.value if record.kind is Kind.SCALAR else _media(record)
         if companion:
             if companion not in self._companions:
@@ -167,17 +201,18 @@ class WandbBackend(Backend):
         if self._run is None:
             raise BackendError("W&B: no run is open.")
         try:
-            with _answers():
+            with answers():
                 yield
         except ConnectionError as error:
             self._run = None
-            _forget_service()
+            forget_service()
             raise BackendError(f"W&B's service process has ended: {error}") from error
 
     def close(self, status: str) -> None:
         if self._run is None:
             return
         with self._calls():
+            self._send([] if self._waiting is None else [self._waiting])
             self._run.finish(exit_code=0 if status == "completed" else 1)
         self._run = None
         self._await_file()
@@ -213,45 +248,6 @@ def _settings(wandb: Any) -> Any:
     )
 
 
-def _check_login(wandb: Any) -> None:
-    """Refuse at once where `wandb.init` would ask on the terminal. It only looks at key, netrc and settings."""
-    from wandb.sdk.lib import wbauth
-
-    try:
-        found = wbauth.authenticate_session(
-            host=wandb.Settings().base_url, source="ray_tracking", prompt=False, update_session=False
-        )
-    except wandb.errors.Error as error:
-        raise BackendRefusedError(f"W&B refuses the login: {error}", hint=_LOGIN_HINT) from error
-    if found is None:
-        raise BackendRefusedError("W&B: there is no login on this machine.", hint=_LOGIN_HINT)
-
-
-def _forget_service() -> None:
-    """Let wandb start a new service process at the next `init`; it does not by itself when the old one was killed."""
-    import wandb
-
-    with suppress(ConnectionError):  # it also tries to tell the dead one
-        wandb.teardown()
-
-
-@contextmanager
-def _answers() -> Iterator[None]:
-    """W&B's errors as ours."""
-    import wandb
-
-    try:
-        yield
-    except wandb.errors.CommError as error:
-        if isinstance(error, wandb.errors.AuthenticationError) or re.search(
-            r"\b(401|403)\b|permission|unauthori", str(error), re.I
-        ):
-            raise BackendRefusedError(f"W&B refuses: {error}", hint=_LOGIN_HINT) from error
-        raise BackendError(f"W&B does not answer: {error}") from error
-    except wandb.errors.UsageError as error:
-        raise BackendRefusedError(f"W&B refuses: {error}", hint=_LOGIN_HINT) from error
-
-
 def _media(record: Record) -> Any:
     import numpy
     import wandb
@@ -274,6 +270,7 @@ def _media(record: Record) -> Any:
         return _NO_IMAGE
 
 
+@lru_cache(10_000)
 def shown_key(key: str) -> str:
     """The key in W&B: what it keeps for itself, or can't store, gets a digest."""
     return fitting(key, replace=_KEY_REFUSED, limit=_KEY_LIMIT)
