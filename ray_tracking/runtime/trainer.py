@@ -121,6 +121,8 @@ class TrainingManager:
             task = WorkerTask(self.run_id, storage.uri, self.config, train, actor, environment)
             with _Watch(transport, self.run_id, self._observer, started):
                 status, reason, error = self._train(task, runs.directory(self.run_id), first)
+            if status is not Status.ABORTED and (message := _hopeless(transport)):
+                status, reason, error = Status.FAILED, message.splitlines()[0], UsageError(message)
             report = _close(transport, status, reason)
             ray.kill(actor)
         finally:
@@ -267,6 +269,15 @@ def progress_of(run_id: str, status: Mapping[str, Any], elapsed: float) -> Progr
         elapsed,
         status["backends"],
     )
+
+
+def _hopeless(transport: ActorTransport) -> str | None:
+    """What the training function refused, if that is why it ended."""
+    try:
+        message: str | None = transport.call("hopeless")
+        return message
+    except TransportError:
+        return None
 
 
 def _close(transport: ActorTransport, status: Status, reason: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ray.train.v2._internal.execution.context import get_train_context as get_in
 from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy
 from ray_tracking.checkpoint.writer import WriterOptions
 from ray_tracking.config import Config
-from ray_tracking.errors import JournalError
+from ray_tracking.errors import JournalError, UsageError
 from ray_tracking.log import configure, is_debug
 from ray_tracking.runs.store import RunStore
 from ray_tracking.runtime import collective
@@ -78,6 +78,8 @@ def work(loop_config: Mapping[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     collective.start()
     transport = ActorTransport(task.actor)
+    if broadcast(transport.call("hopeless") if rank == 0 else None):
+        return  # Ray has started the group again, as it always does; the driver says why it was in vain
     attempt = broadcast(transport.call("begin_attempt", world_size) if rank == 0 else None)
     configure(
         task.config.logging.level,
@@ -136,6 +138,8 @@ def work(loop_config: Mapping[str, Any]) -> None:
         run.finish()
     except Exception as error:
         note_traceback(error)
+        if isinstance(error, UsageError):
+            transport.call("give_up", str(error))
         run.save_after(error)
         raise
     finally:

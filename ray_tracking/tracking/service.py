@@ -6,8 +6,6 @@ Runs in the tracker actor or in a child process; every method may be called from
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from ray_tracking.records import Kind, Record
 from ray_tracking.runs.record import RunRecord, Status
 from ray_tracking.runs.store import RunStore
 from ray_tracking.runs.summary import Summary
+from ray_tracking.runs.versions import installed_versions
 from ray_tracking.storage import Storage
 from ray_tracking.tracking.backends.base import Backend, RunInfo
 from ray_tracking.tracking.collector import settle
@@ -39,7 +38,6 @@ log = get_logger()
 
 _SUMMARY_SECONDS = 5.0
 _KEEPER_SECONDS = 10.0
-_VERSIONS_OF = ("ray-tracking", "ray", "torch", "numpy", "pyarrow", "tensorboard", "wandb", "mlflow")
 
 
 class TrackerService:
@@ -68,6 +66,7 @@ class TrackerService:
         self._closed = False
         self._progress: dict[str, Any] = {}
         self._stop_requested = False
+        self._hopeless: str | None = None
         self._tracking = section(ExperimentTrackingConfig, spec.tracking)
         self._deliveries, self._unavailable = self._start_deliveries(root)
         self._keeper = threading.Thread(target=self._keep, name="ray-tracking-keeper", daemon=True)
@@ -75,6 +74,14 @@ class TrackerService:
         settle()
 
     # --- attempts -------------------------------------------------------------------------------------------
+
+    def give_up(self, message: str) -> None:
+        """What the training function was given can't work: starting the workers again would not help."""
+        self._hopeless = message
+
+    def hopeless(self) -> str | None:
+        """The message of `give_up`, None if nobody has."""
+        return self._hopeless
 
     def begin_attempt(self, world_size: int) -> int:
         """A worker group has started: its attempt number."""
@@ -247,7 +254,7 @@ class TrackerService:
                     hint="Choose another run id, or leave it out for a new one.",
                 )
             return replace(record, status=Status.RUNNING)
-        record = self.spec.new_record(time.time(), _versions())
+        record = self.spec.new_record(time.time(), installed_versions())
         self._runs.save(record)
         return record
 
@@ -318,13 +325,3 @@ class TrackerService:
             self._summary.updated = time.time()
             document = self._summary.encode()
         Summary.write(self._directory, document)
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _VERSIONS_OF:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, TensorDataset
 
 from ray_tracking import Run
+from ray_tracking.errors import UsageError
 
 
 def data() -> TensorDataset:
@@ -133,6 +134,10 @@ def worsens(run: Run) -> None:
             model(x).pow(2).mean().backward()
             optimizer.step()
         run.log_metrics({"val/loss": 1.0 + epoch})
+
+
+def refuses(run: Run) -> None:
+    raise UsageError("params.width: found 'wide'; allowed: a number.")
 
 
 class NotAFunction:

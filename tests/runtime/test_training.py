@@ -162,6 +162,14 @@ def test_a_failed_run_says_why_and_is_resumed(whole: tuple[Path, Any], tmp_path:
     assert sorted(points(tmp_path, result.run_id)) == sorted(points(storage, undisturbed.run_id))
 
 
+def test_what_the_function_refuses_is_not_tried_again(tmp_path: Path) -> None:
+    manager = TrainingManager(config(tmp_path, **{"failure.max_failures": 5}))
+    with pytest.raises(UsageError, match=r"params\.width: found 'wide'"):
+        manager.fit(functions.refuses)
+    record = RunStore(Storage.open(tmp_path)).load(manager.run_id)
+    assert (record.status, len(record.attempts)) == ("failed", 1)
+
+
 def test_a_dead_mlflow_changes_nothing_but_its_own_cursor(tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
