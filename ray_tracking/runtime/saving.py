@@ -41,7 +41,7 @@ _READY, _NO_ROOM, _FAILED, _DIFFERENT = range(4)
 class Saver:
     """Saves and restores one rank's share. Its methods are called by all ranks alike, on the training thread.
 
-    `before_commit` runs on rank 0 before a checkpoint can become complete: what was logged up to it must be durable.
+    `before_commit` runs before this rank's part can count: what it logged up to the checkpoint must be durable.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Saver:
         self._rank = rank
         self._world_size = world_size
         self._attempt = attempt
-        self._before_commit = before_commit if rank == 0 else None
+        self._before_commit = before_commit
         self._fail_on_error = fail_on_error
         self._writer = CheckpointWriter(store, strategy, options)
         self._written: deque[tuple[int, Future[Manifest]]] = deque()

@@ -103,7 +103,7 @@ def work(loop_config: Mapping[str, Any]) -> None:
         rank=rank,
         world_size=world_size,
         attempt=attempt,
-        before_commit=lambda: _all_journaled(sender),  # rank 0's: the others' own numbers are no part of a curve
+        before_commit=lambda: _all_journaled(sender),  # on every rank: their own numbers make a curve too
         fail_on_error=rules.on_write_failure == "fail",
     )
     signals = _Signals(saver)

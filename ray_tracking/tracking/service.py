@@ -60,6 +60,8 @@ class TrackerService:
         self._tail = Tail(self._writer.next_offset)
         self._intake = Intake(self._writer, self._written)
         self._reducer, whole = self._gather_ranks()
+        self._left_over: list[RankReducer] = []
+        """Of attempts before this one, until it says what it resumed from."""
         self._intake.add(whole)
         self._closing = threading.Event()
         self._close_lock = threading.Lock()
@@ -90,7 +92,7 @@ class TrackerService:
             self._runs.save(record)  # if this raises, no attempt has begun
             self._record = record
             number = record.attempts[-1].number
-        self._intake.add(self._reducer.drain())  # of the attempt before: its ranks send no more
+        self._left_over.append(self._reducer)
         self._reducer = RankReducer(number, world_size)
         self._writer.begin_attempt(number)
         bind(attempt=number)
@@ -115,7 +117,18 @@ class TrackerService:
         self._note_resumes(begun)
         self._summarise(rows, begun)
         self._tail.add(rows)
-        return self._reducer.add(rows)
+        return self._left_by_the_dead(begun) + self._reducer.add(rows)
+
+    def _left_by_the_dead(self, begun: list[Record]) -> list[Record]:
+        """The points of the attempt before that lack a rank which sends no more, as far as they count.
+
+        Those past the step resumed from are logged again, by all ranks: a backend that can't forget must not be shown
+        the numbers of a part of the ranks first.
+        """
+        if not begun:
+            return []
+        left, self._left_over = self._left_over, []
+        return [row for reducer in left for row in reducer.drain() if row.step <= begun[-1].step]
 
     def _summarise(self, rows: list[Record], begun: list[Record]) -> None:
         reached = self._summary.last_step

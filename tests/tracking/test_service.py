@@ -418,8 +418,13 @@ def test_reduced_rows_that_a_killed_tracker_left_out_are_made_up_for(
     assert found == expected_over_ranks(range(1, 6), 0.5, 0.0, 1.0)
 
 
-def test_a_new_attempt_reduces_what_the_one_before_left(start: Any, tmp_path: Path) -> None:
-    service = start()
+def test_a_new_attempt_reduces_what_the_one_before_left(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as it counts: a backend that can't forget is never shown a part of the ranks for steps that come again."""
+    backend = FakeBackend("keeps", rewinds=False)
+    monkeypatch.setattr(service_module, "create_backends", lambda _: [backend])
+    service = start({"enabled": True})
     first = service.begin_attempt(2)
     service.append(0, first, attempt_row(-1))
     service.append(0, first, rank_events(range(2, 7), 1.0))
@@ -433,3 +438,4 @@ def test_a_new_attempt_reduces_what_the_one_before_left(start: Any, tmp_path: Pa
     assert found == sorted(
         expected_over_ranks(range(2, 5), 1.0, 1.0, 1.0) + expected_over_ranks(range(5, 9), 3.0, 3.0, 3.0)
     )
+    assert sorted(shown(backend)) == found
