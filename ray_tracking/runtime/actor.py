@@ -11,10 +11,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_tracking.errors import RayTrackingError
 from ray_tracking.log import configure
+from ray_tracking.tracking.priority import stand_back
 from ray_tracking.tracking.spec import TrackerSpec
 from ray_tracking.tracking.transport import TransportError
 
-_NICENESS = 19
 _FORWARDED = ("WANDB_", "MLFLOW_", "AWS_", "GOOGLE_", "RAY_TRACKING_", "DO_NOT_TRACK")
 
 
@@ -32,7 +32,7 @@ class TrackerActor:
     def __init__(self, spec: str, environment: dict[str, str]) -> None:
         for name, value in environment.items():
             os.environ.setdefault(name, value)
-        os.nice(_NICENESS)
+        stand_back()
         parsed = TrackerSpec.from_json(spec)
         configure(parsed.log_level, json=parsed.log_json)
         from ray_tracking.tracking.service import TrackerService

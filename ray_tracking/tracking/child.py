@@ -22,13 +22,13 @@ from typing import Any
 from ray_tracking import errors
 from ray_tracking.errors import RayTrackingError
 from ray_tracking.log import configure, get_logger
+from ray_tracking.tracking.priority import stand_back
 from ray_tracking.tracking.spec import TrackerSpec
 from ray_tracking.tracking.transport import TransportError
 
 log = get_logger()
 
 _LENGTH = struct.Struct("<Q")
-_NICENESS = 19
 _START_SECONDS = 60.0
 _POLL_SECONDS = 1.0
 _CHUNK = 1 << 20
@@ -230,7 +230,7 @@ def main() -> None:
     parent, text = started
     spec = TrackerSpec.from_json(text)
     configure(spec.log_level, json=spec.log_json)
-    os.nice(_NICENESS)
+    stand_back()
     from ray_tracking.tracking.service import TrackerService
 
     try:
