@@ -11,11 +11,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ray_tracking.checkpoint import CheckpointManager, CheckpointStore
+from ray_tracking.examples.gpt_model import optimizer_for
+from ray_tracking.storage import Storage
 from tests.bench import __main__ as command
-from tests.bench import machine, registry, report
+from tests.bench import (
+    fresh_process,
+    machine,
+    other_savers,
+    p3_checkpoint_stall,
+    p4_sealed_save_and_restore,
+    p9_growth,
+    registry,
+    report,
+)
 from tests.bench.measures import (
     Measurement,
     Setup,
@@ -30,6 +43,7 @@ from tests.bench.measures import (
     speedup,
 )
 from tests.bench.p2_training_speed import undisturbed
+from tests.bench.state_workload import Memcpy, Workload, fastest
 
 SLOWER = Side("ours", (2.0, 4.0, 9.0))
 BASE = Side("base", (1.0, 2.0, 3.0))
@@ -160,7 +174,7 @@ def test_figures_are_the_files_named_so_in_order(tmp_path: Path) -> None:
 
 def test_the_figures_of_the_design_are_there() -> None:
     found = {figure.name: figure for figure in registry.figures()}
-    assert {"P1", "P2", "P8"} <= found.keys()
+    assert {"P1", "P2", "P3", "P4", "P8", "P9"} <= found.keys()
     assert all(callable(figure.load()) for figure in found.values())
 
 
@@ -260,3 +274,184 @@ def test_disturbed_rounds_are_not_counted_unless_most_are() -> None:
     assert undisturbed([quiet, loud, quiet], 2) == [quiet, quiet]
     assert undisturbed([loud, quiet], 2) == [quiet]
     assert undisturbed([loud, loud, quiet], 4) == [loud, loud, quiet]
+
+
+# -- checkpoints -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Workload:
+    return Workload.build("tiny")
+
+
+def _changed(workload: Workload) -> Workload:
+    """Of the same kind, with other values everywhere."""
+    other = Workload.build("tiny", seed=1)
+    assert not any(map(torch.equal, _weights_and_moments(other), _weights_and_moments(workload)))
+    return other
+
+
+def _weights_and_moments(workload: Workload) -> list[torch.Tensor]:
+    return [tensor for tensor in workload.tensors if tensor.dim() > 1]
+
+
+def _are_equal(one: Workload, other: Workload) -> bool:
+    return len(one.tensors) == len(other.tensors) and all(map(torch.equal, one.tensors, other.tensors))
+
+
+def test_the_workload_is_all_of_the_training_state(tiny: Workload) -> None:
+    parameters = sum(parameter.nbytes for parameter in tiny.model.parameters())
+    steps = 4 * len(list(tiny.model.parameters()))
+    assert tiny.bytes == 3 * parameters + steps == sum(tensor.nbytes for tensor in tiny.flat().values())
+
+
+def test_a_training_step_changes_every_weight_and_moment(tiny: Workload) -> None:
+    workload = _changed(tiny)
+    before = [tensor.clone() for tensor in _weights_and_moments(workload)]
+    workload.step()
+    assert not any(map(torch.equal, before, _weights_and_moments(workload)))
+
+
+@pytest.mark.parametrize("way", ["_foreach_copy_", "copy_", "memmove"])
+def test_the_base_copies_every_byte_in_each_of_its_ways(way: str) -> None:
+    sources = [torch.randn(3_000_000), torch.tensor(2.5), torch.empty(0), torch.arange(7, dtype=torch.int64)]
+    copy = Memcpy(sources)
+    for target in copy.targets:
+        target.zero_()
+    copy.way = way
+    copy()
+    assert all(map(torch.equal, copy.targets, sources))
+    assert not {target.data_ptr() for target in copy.targets if target.numel()} & {s.data_ptr() for s in sources}
+
+
+def test_the_base_refuses_what_memmove_would_copy_wrongly() -> None:
+    with pytest.raises(ValueError, match="contiguous"):
+        Memcpy([torch.zeros(4, 4).t()[:2]])
+
+
+def test_the_fastest_way_is_that_of_the_least_median() -> None:
+    assert fastest({"a": [1.0, 5.0, 5.0], "b": [4.0, 4.0, 9.0], "c": [4.5]}) == "b"
+
+
+@pytest.mark.parametrize("name", list(other_savers.SAVERS))
+def test_the_other_savers_save_all_of_the_state(name: str, tiny: Workload, tmp_path: Path) -> None:
+    path = tmp_path / "saved"
+    wait = other_savers.SAVERS[name](tiny, path)
+    wait()
+    restored = _changed(tiny)
+    if name in (other_savers.TORCH, other_savers.DURABLE):
+        other_savers.torch_load(restored, path)
+    elif name == other_savers.SAFETENSORS:
+        from safetensors.torch import load_file
+
+        saved, live = load_file(path), tiny.flat()
+        assert saved.keys() == live.keys()
+        assert all(torch.equal(saved[key], live[key]) for key in live)
+        restored = tiny
+    else:
+        other_savers.dcp_load(restored, path)
+    assert _are_equal(restored, tiny)
+    other_savers.clear(path)
+    assert not path.exists()
+
+
+def test_every_way_to_restore_into_a_new_optimizer_restores_all(tiny: Workload, tmp_path: Path) -> None:
+    with CheckpointManager(CheckpointStore(Storage.open(tmp_path / "plain"))) as manager:
+        manager.save_checkpoint(step=1, **tiny.objects)
+    other_savers.dcp_save_by_name(tiny, tmp_path / "dcp")
+    ways = [
+        (fresh_process.restore_newest, "plain"),
+        (p4_sealed_save_and_restore.by_manager, "plain"),
+        (other_savers.dcp_load_anew, "dcp"),
+    ]
+    for load, folder in ways:
+        model = _changed(tiny).model
+        new = Workload(model, optimizer_for(model, 1e-3))
+        load(new, tmp_path / folder)
+        assert _are_equal(new, tiny)
+
+
+def test_the_raw_write_is_of_the_same_bytes_and_leaves_no_file(tiny: Workload, tmp_path: Path) -> None:
+    raw = p4_sealed_save_and_restore.RawWrite(tiny.tensors, tmp_path / "raw")
+    assert bytes(raw.data) == b"".join(tensor.numpy().tobytes() for tensor in tiny.tensors)
+    assert raw() > 0
+    assert list(tmp_path.iterdir()) == []
+    raw.create(1 << 20)
+    assert (tmp_path / "raw").read_bytes() == bytes(raw.data)
+
+
+def test_p3_holds_every_goal_against_its_own_base() -> None:
+    steady = {
+        "save_checkpoint": [0.04, 0.05],
+        "memcpy": [0.04, 0.04],
+        **{name: [0.8, 0.4] for name in other_savers.SAVERS},
+    }
+    first = {
+        side: [{"stall": 0.3, "memcpy": 0.05, "prepared": 2.0, "steps": 7}] * 2
+        for side in ("save_checkpoint, unprepared", "torch.save", "dcp.save", "dcp.async_save", "safetensors save_file")
+    }
+    first["save_checkpoint"] = [{"stall": stall, "memcpy": 0.03, "prepared": 2.0, "steps": 7} for stall in (0.03, 0.06)]
+    found = {one.what: one for one in p3_checkpoint_stall.measurements(steady, [1.0, 3.0], first, "500 MB")}
+    per_save = found["stall per save, against memcpy"]
+    assert per_save.results == pytest.approx((1.0, 1.25))
+    assert per_save.goal.bound == 1.3
+    assert "Back to back, with 2 buffers, a save takes 2 s" in per_save.note
+    early = found["stall of the first save, against memcpy"]
+    assert early.result == pytest.approx(1.5)
+    assert early.goal.bound == 1.5
+    assert "2 s after the optimizer's second step (to step 7)" in early.note
+    assert "300 ms, 6.00x the memcpy" in early.note
+    assert found["stall per save, against torch.save"].results == pytest.approx((20.0, 8.0))
+    assert found["stall per save, against torch.save"].goal.bound == 10
+    assert found["stall of the first save, against torch.save"].results == pytest.approx((10.0, 5.0))
+    assert len(found) == 2 + 6 + 4
+
+
+def test_p4_is_a_speed_for_saves_and_a_ratio_for_restores() -> None:
+    saves = {"sealed": [0.5], "plain": [0.4], "zstd": [1.0], "write + fsync": [0.4]}
+    sides = ("memcpy", "load_into", "load_into, sealed", "load_latest_checkpoint + restore", "dcp.load", "torch.load")
+    times = dict(zip(sides, (0.03, 0.06, 0.2, 0.3, 0.6, 0.4), strict=True))
+    loads = {name + end: [seconds * (2 if end else 1)] for name, seconds in times.items() for end in ("", " anew")}
+    fresh = {name: [0.9] for name in ("load_into", "dcp.load", "torch.load")}
+    found = {
+        one.what: one for one in p4_sealed_save_and_restore.measurements(saves, loads, fresh, 500_000_000, "one write")
+    }
+    sealed = found["sealed save, speed against write + fsync"]
+    assert sealed.result == pytest.approx(0.8)
+    assert sealed.is_met
+    assert "1.25 GB/s, the save with zstd at 0.50 GB/s" in sealed.note
+    for where in ("in place", "into a new optimizer"):
+        assert found[f"restore {where}, against memcpy"].result == pytest.approx(2.0)
+        assert found[f"restore {where}, against dcp.load"].result == pytest.approx(10.0)
+    assert "torch.load 800 ms" in found["restore into a new optimizer, against dcp.load"].note
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_growth_is_the_exponent_of_the_power_law(power: float) -> None:
+    assert p9_growth.exponent({count: 3e-6 * count**power for count in p9_growth.COUNTS}) == pytest.approx(power)
+
+
+def test_quadratic_growth_misses_its_goal_and_linear_growth_meets_it() -> None:
+    def costs(power: float) -> p9_growth.Costs:
+        return {"listing": {count: [1e-6 * count**power] * 3 for count in p9_growth.COUNTS}}
+
+    (linear,) = p9_growth.measurements(costs(1.0))
+    assert linear.is_met
+    assert linear.ours.median == pytest.approx(1e-6)
+    assert "per checkpoint 1 µs at 100, 1 µs at 1,000, 1 µs at 10,000; 10 ms for all 10,000" in linear.note
+    (quadratic,) = p9_growth.measurements(costs(2.0))
+    assert quadratic.result == pytest.approx(2.0)
+    assert not quadratic.is_met
+
+
+def test_the_checkpoints_whose_growth_is_measured_are_real_ones(tmp_path: Path) -> None:
+    p9_growth.make(tmp_path, 5)
+    store = CheckpointStore(Storage.open(tmp_path), "attempt-001")
+    infos = store.checkpoints()
+    assert [info.step for info in infos] == [1, 2, 3, 4, 5]
+    assert all(store.verify(info) == [] for info in infos)
+    loaded = store.load_latest()
+    assert loaded is not None
+    assert loaded.step == 5
+    p9_growth.keep(store, 2)
+    assert [info.step for info in store.checkpoints()] == [4, 5]
