@@ -137,7 +137,9 @@ def test_a_flipped_bit_on_s3_is_named_and_the_one_before_is_used(
             kept.load_checkpoint(2)
 
 
-@pytest.mark.parametrize("when", ["before", "during", "after"])
+@pytest.mark.parametrize(
+    "when", ["during", pytest.param("before", marks=pytest.mark.slow), pytest.param("after", marks=pytest.mark.slow)]
+)
 def test_killed_at_any_operation_on_s3(s3_uri: str, save: Save, when: str) -> None:
     storage = Storage.open(s3_uri)
     for number in range(1, 20):
