@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ray_tracking.checkpoint.copying import copy_all
 from ray_tracking.checkpoint.distributed_load import sharded_load, stand_ins
 from ray_tracking.checkpoint.distributed_state import module_state, plain_name
 from ray_tracking.checkpoint.loaded import TrainingCheckpoint
@@ -244,8 +245,7 @@ def _for_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
             elif key != "step" and parameter.device != tensor.device:
                 known[id(tensor)] = tensor  # load_state_dict moves it to the parameter's device, which is a copy
     with torch.no_grad():
-        for target, tensor in copies:
-            target.copy_(tensor)
+        copy_all(copies)
     return _private(state, known)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ray_tracking.checkpoint.copying import copy_all
 from ray_tracking.checkpoint.manifest import state_file
 from ray_tracking.checkpoint.memory import PAGE, address_of
 from ray_tracking.checkpoint.state import Description, Snapshot
@@ -81,7 +82,7 @@ class Stager:
                 self._pin(address, len(memory))
                 self._copy_from_devices(targets, sources)
             else:
-                torch._foreach_copy_(targets, sources)
+                copy_all(zip(targets, sources, strict=True))
 
     def _pin(self, address: int, size: int) -> None:
         """Lock the pages, which copies from CUDA devices need to run beside the training."""

@@ -134,11 +134,10 @@ class CheckpointStore:
 
     def new_folder(self, step: int) -> str:
         """A folder for `step` that nothing was ever written to, so that two tries can't mix."""
-        taken = {entry.name for entry in self.storage.list(self.folder)}
         trial = 1
-        while names.step_folder(step, trial) in taken:
+        while self.storage.exists(folder := names.join(self.folder, names.step_folder(step, trial))):
             trial += 1
-        return names.join(self.folder, names.step_folder(step, trial))
+        return folder
 
     def clear(self, folder: str, rank: int, world_size: int) -> None:
         """Make what this rank left in `folder` in an earlier try invisible, before it writes there again.

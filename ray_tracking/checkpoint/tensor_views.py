@@ -143,6 +143,8 @@ def private_copies(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Contiguous copies with memory that is theirs alone: one stretch for all, given back with the last of them."""
     import torch
 
+    from ray_tracking.checkpoint.copying import copy_all
+
     sources = list(tensors)
     begins = []
     size = 0
@@ -151,10 +153,13 @@ def private_copies(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         size += -(-source.nbytes // _ALIGNMENT) * _ALIGNMENT
     memory = room(size)
     copies = []
+    moves = []
     for source, begin in zip(sources, begins, strict=True):
         if source.numel() == 0 or source.device.type != "cpu":
             copies.append(source.clone(memory_format=torch.contiguous_format))
             continue
         flat = torch.frombuffer(memory, dtype=source.dtype, count=source.numel(), offset=begin)
-        copies.append(flat.view(source.shape).copy_(source))
+        copies.append(flat.view(source.shape))
+        moves.append((copies[-1], source))
+    copy_all(moves)
     return copies

@@ -107,7 +107,7 @@ class WriterProcess:
             if message["do"] == "map" and fd is not None:
                 self._arenas[number] = memoryview(mmap.mmap(fd, message["size"]))
                 os.close(fd)
-                self._jobs.put(message)
+                threading.Thread(target=self._map, args=(message,), daemon=True).start()
             elif message["do"] == "unmap":
                 self._arenas.pop(number, None)
             elif message["do"] == "write":
@@ -131,6 +131,13 @@ class WriterProcess:
 
         return _Job(message["number"], steps(), part, time.monotonic() + self._deadline)
 
+    def _map(self, message: dict[str, Any]) -> None:
+        """At the trainer's own priority: at the lowest, a busy machine has not provided the pages by the first save."""
+        memory = self._arenas.get(message["number"])
+        if message["fault_in"] and memory is not None:
+            fault_in(memory)
+        self._answer({"mapped": message["number"]})
+
     # --- the thread that writes -----------------------------------------------------------------------------
 
     def _work(self) -> None:
@@ -138,11 +145,6 @@ class WriterProcess:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
         while True:
             message = self._jobs.get()
-            if message["do"] == "map":
-                if message["fault_in"] and message["number"] in self._arenas:
-                    fault_in(self._arenas[message["number"]])
-                self._answer({"mapped": message["number"]})
-                continue
             job = self._known[message["number"]]
             self._current = job
             try:
