@@ -68,6 +68,8 @@ class Saver:
         self._writer = CheckpointWriter(store, strategy, options)
         self._written: deque[tuple[int, Future[Manifest]]] = deque()
         self._failure: str | None = None
+        self._newest: str | None = None
+        """The folder of the last save, relative to the store."""
         self._objects: dict[str, Any] = {}
         self._last_step: int | None = None
         self._last_time = time.monotonic()
@@ -194,8 +196,9 @@ class Saver:
         if description.manifest.improved:
             self._best = description.manifest.metrics[self.strategy.monitor]
         self._last_step, self._last_time = step, time.monotonic()
+        self._newest = self._path(folder)
         written = self._writer.write(
-            staged, self._path(folder), before_commit=self._before_commit, keep_house=self._rank == 0
+            staged, self._newest, before_commit=self._before_commit, keep_house=self._rank == 0
         )
         self._written.append((step, written))
         storage = ray.train.get_context().get_storage()
@@ -228,16 +231,22 @@ class Saver:
             folder = self._path(self._new_folder(step))
             staged = self._writer.stage(self._describe(step, epoch, metrics, f"{reason}: {type(error).__name__}"))
             self._written.append((step, self._writer.write(staged, folder, before_commit=self._before_commit)))
-            self.finish_writing()
-            end = time.monotonic() + _OTHERS_SECONDS
-            while self._store.inspect(folder).info is None and time.monotonic() < end:
-                time.sleep(0.1)
+            self._newest = folder
         except (RayTrackingError, OSError) as failure:
             log.warning("no checkpoint after the exception; the last one stands", reason=str(failure))
 
     def finish_writing(self) -> None:
-        """Training has failed: give what is being written a minute. Does not raise."""
+        """Training has failed: give what is being written a minute, and the other ranks' parts of it some seconds.
+
+        Ray ends their processes as soon as this one has ended. Does not raise.
+        """
         wait([written for _, written in self._written], _LAST_SECONDS)
+        end = time.monotonic() + _OTHERS_SECONDS
+        try:
+            while self._newest and self._store.inspect(self._newest).info is None and time.monotonic() < end:
+                time.sleep(0.1)
+        except (RayTrackingError, OSError) as error:
+            log.warning("the last checkpoint can't be looked at", reason=str(error))
 
     def close(self) -> None:
         """Wait until everything is written. Raises CheckpointError if a save failed and the run is to fail with it."""
