@@ -121,7 +121,7 @@ def _read_variable(name: str, where: str) -> bytes:
     if text is None:
         raise ConfigError(
             f"{where}: the environment variable {name} is not set here.",
-            hint="Set it where the program starts and for every worker.",
+            hint="Set it where the program is started; workers get it from there.",
         )
     return os.fsencode(text)
 

@@ -159,7 +159,7 @@ def _plain_bytes(data: memoryview, manifest: Manifest, stored: str, sealing: Sea
         raise NotThatFileError("its digest does not match: it was altered since it was saved")
     if sealing.suffix:
         plain = mapping.room(entry.raw_size)
-        unseal(data, entry.raw_size, sealing, sealed_name(manifest, names.plain_name(stored)), plain)
+        unseal(data, entry.raw_size, sealing, sealed_name(manifest, names.plain_name(stored)), plain, threads=_THREADS)
         return plain
     if entry.raw_size != entry.size:
         raise NotThatFileError(f"its manifest gives it {entry.raw_size} bytes and {entry.size}")

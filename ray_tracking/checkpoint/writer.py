@@ -32,7 +32,6 @@ BUFFERS = 2
 _QUEUE = 8
 """The most buffers with `when_busy: queue`."""
 _DEADLINE_SECONDS = 60.0
-_TRIES = 2
 
 WhenBusy = Literal["wait", "skip", "queue"]
 
@@ -70,7 +69,7 @@ class _Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A copy of the state, waiting to be written: give it to `write` or `drop`."""
+    """A copy of the state, waiting to be written."""
 
     snapshot: Snapshot
     buffer: _Buffer
@@ -134,10 +133,6 @@ class CheckpointWriter:
         if it raises. With `keep_house` retention follows. The future's errors: RayTrackingError of any kind.
         """
         return self._courier.submit(self._deliver, staged, folder, before_commit, keep_house)
-
-    def drop(self, staged: Staged) -> None:
-        """Not written after all."""
-        self._give_back(staged.buffer)
 
     def close(self) -> None:
         """Wait until everything is written, then end the process. The buffers' memory is given back."""

@@ -69,6 +69,7 @@ def demo(
 
 def _run(target: str, config: Config, run_id: str | None, address: str | None, debug: bool) -> None:
     """Everything that can be wrong is found in this order, the quick checks first, before ray is imported."""
+    from ray_tracking.checkpoint.keys import Keyring
     from ray_tracking.cli.progress import ProgressView
     from ray_tracking.log import configure
     from ray_tracking.runs.store import check_run_id
@@ -80,6 +81,7 @@ def _run(target: str, config: Config, run_id: str | None, address: str | None, d
         check_run_id(run_id)
     storage = Storage.open(config.storage)
     storage.probe()
+    Keyring.from_config(config.training.default.encryption)
     loaded = load_target(target)
 
     from ray_tracking.runtime.trainer import TrainingManager

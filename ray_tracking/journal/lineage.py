@@ -33,7 +33,7 @@ _NO_LIMIT = np.iinfo(np.int64).max
 
 
 def resumes(rows: pa.Table | Iterable[Record]) -> dict[int, int]:
-    """attempt -> the step it resumed from, -1 for a fresh start, from the ATTEMPT rows among `rows`."""
+    """attempt -> the step it resumed from, -1 for a fresh start, from the ATTEMPT rows among `rows` (its last one)."""
     if isinstance(rows, pa.Table):
         began = rows.filter(pc.equal(rows.column("kind").cast(pa.string()), Kind.ATTEMPT.value))
         steps = began.column("step").to_pylist()

@@ -54,6 +54,7 @@ class Run:
         saver: Saver,
         agenda: Agenda,
         latest: Callable[[], dict[str, float]],
+        announce: Callable[[int], None],
     ) -> None:
         self.config = config
         self.params: dict[str, Any] = dict(config.params)
@@ -77,6 +78,7 @@ class Run:
         self.checkpoints = saver
         self._agenda = agenda
         self._latest = latest
+        self._announce = announce
         self._loaders: list[ResumableLoader] = []
         self._first_epoch = 0
         self._in_epochs = False
@@ -150,6 +152,8 @@ class Run:
         info = self.checkpoints.restore(objects)
         if info is None:
             return False
+        if info.step != self.checkpoints.newest_step:  # the newest was damaged: what came after this one is superseded
+            self._announce(info.step)
         self.step, self._first_epoch = info.step, info.epoch
         log.info("restored", step=info.step, epoch=info.epoch, folder=info.folder)
         return True
@@ -169,11 +173,10 @@ class Run:
             # From here the position is the next epoch's beginning: that is what a checkpoint must say.
             for loader in self._loaders:
                 loader.begin_epoch(epoch + 1)
-            reason = self._due or self._why_due(epoch_end=True)
-            if reason is not None:
-                self._save(epoch + 1, reason)
-            self._due = None
             self._first_epoch = epoch + 1
+            reason, self._due = self._due or self._why_due(epoch_end=True), None
+            if reason is not None:
+                self._save(reason)
 
     def steps(self, loader: Any) -> Iterator[Any]:
         """The batches left in the epoch, on the device; advances `step`, and saves as the strategy says."""
@@ -191,7 +194,7 @@ class Run:
             if self._in_epochs and getattr(loader, "finished", False):
                 self._due = reason  # saved at the epoch's end, when its validation is known
             else:
-                self._save(self.epoch, reason)
+                self._save(reason)
 
     def checkpoint(self, force: bool = False, metrics: Mapping[str, Any] | None = None) -> bool:
         """Save now if the strategy asks for it, or in any case with `force`. Call it after the optimizer's step.
@@ -206,7 +209,7 @@ class Run:
         given = {str(key): float(value) for key, value in (metrics or {}).items()}
         value = given.get(self.checkpoints.strategy.monitor)
         reason = "asked for" if force else self._why_due(None if value is None else lambda: value)
-        return reason is not None and self._save(self.epoch, reason, given)
+        return reason is not None and self._save(reason, given)
 
     def should_stop(self) -> bool:
         """Whether training has been asked to end early; the same answer on every rank, within about a second."""
@@ -224,7 +227,7 @@ class Run:
         if self.checkpoints.has_objects and self.step > 0:
             reason = self._why_due(ended=True)
             if reason is not None:
-                self._save(self._first_epoch, reason)
+                self._save(reason)
         elif self.step > 0:
             log.warning(
                 "no checkpoint was saved: the training function never called run.restore(model=..., optimizer=...)"
@@ -238,7 +241,7 @@ class Run:
         training would not go on as if nothing had happened. Then the last checkpoint stands.
         """
         if self.checkpoints.has_objects and self.step > 0 and self._body.is_whole:
-            self.checkpoints.save_alone(self.step, self.epoch, self._latest(), error)
+            self.checkpoints.save_alone(self.step, self._epoch_to_resume(), self._latest(), error)
         self.checkpoints.finish_writing()
 
     def position(self) -> dict[str, Any]:
@@ -273,8 +276,13 @@ class Run:
             ended=ended,
         )
 
-    def _save(self, epoch: int, reason: str, metrics: Mapping[str, float] | None = None) -> bool:
-        return self.checkpoints.save(self.step, epoch, {**self._latest(), **(metrics or {})}, reason)
+    def _epoch_to_resume(self) -> int:
+        """The epoch that the loaders stand in. Between two, and after the last, that is no longer `epoch`."""
+        return self.epoch if self.total_epochs is None else self._first_epoch
+
+    def _save(self, reason: str, metrics: Mapping[str, float] | None = None) -> bool:
+        latest = {**self._latest(), **(metrics or {})}
+        return self.checkpoints.save(self.step, self._epoch_to_resume(), latest, reason)
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from ray_tracking.config import redact_text
+from ray_tracking.errors import StorageError, UsageError
 
 
 class Reason(NamedTuple):
@@ -22,6 +23,11 @@ class Reason(NamedTuple):
 _NOTE = "Traceback of the training function:\n"
 _DEAD_PROCESS = re.compile(r"actor is dead because its worker process has died|actor died unexpectedly", re.IGNORECASE)
 _LOST_PEER = re.compile(r"gloo|NCCL|Connection (reset|closed) by peer|process group", re.IGNORECASE)
+
+
+def is_hopeless(error: Exception) -> bool:
+    """Whether starting the workers again can't help: a value that can't be, not a storage that is away for now."""
+    return isinstance(error, UsageError) and not isinstance(error, StorageError)
 
 
 def note_traceback(error: Exception) -> None:

@@ -173,7 +173,8 @@ class Saver:
         reason = ask(None)
         if reason is None or not self.strategy.save_best_only:
             return reason
-        return str(broadcast(ask(metric()) if self._rank == 0 else None))
+        best_or_not: str = broadcast(ask(metric()) if self._rank == 0 else None)
+        return best_or_not
 
     def is_time(self) -> bool:
         """Whether save_every_seconds have passed since the last save, by this rank's clock."""

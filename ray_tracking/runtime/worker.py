@@ -7,6 +7,7 @@ import os
 import random
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from ray.train.v2._internal.execution.context import get_train_context as get_in
 from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy
 from ray_tracking.checkpoint.writer import WriterOptions
 from ray_tracking.config import Config
-from ray_tracking.errors import JournalError, UsageError
+from ray_tracking.errors import JournalError
 from ray_tracking.log import configure, is_debug
 from ray_tracking.runs.store import RunStore
 from ray_tracking.runtime import collective
@@ -28,7 +29,7 @@ from ray_tracking.runtime.actor import ActorTransport
 from ray_tracking.runtime.agenda import PREEMPTED, STOP, TIMED, Agenda
 from ray_tracking.runtime.collective import broadcast
 from ray_tracking.runtime.context import Position, Run
-from ray_tracking.runtime.failures import note_traceback
+from ray_tracking.runtime.failures import is_hopeless, note_traceback
 from ray_tracking.runtime.saving import Saver
 from ray_tracking.storage import Storage
 from ray_tracking.tracking.base import ExperimentTracker, NoopTracker
@@ -109,12 +110,16 @@ def work(loop_config: Mapping[str, Any]) -> None:
     signals = _Signals(saver)
     position = Position()
     logger = RunLogger(sender, position, directory.child("artifacts"))
-    tracker: ExperimentTracker = NoopTracker()
-    if rank == 0:
-        logger.begin_attempt(saver.newest_step)
-        _all_journaled(sender)
-        tracker = RunTracker(logger, sender, task.run_id)
-    broadcast(None)  # no rank's records come before the attempt's own
+
+    def announce(resumed_from_step: int) -> None:
+        """On all ranks: no record of the attempt comes before the one that says what it goes on from."""
+        if rank == 0:
+            logger.begin_attempt(resumed_from_step)
+            _all_journaled(sender)
+        broadcast(None)
+
+    announce(saver.newest_step)
+    tracker: ExperimentTracker = RunTracker(logger, sender, task.run_id) if rank == 0 else NoopTracker()
     run = Run(
         task.config,
         rank=rank,
@@ -128,6 +133,7 @@ def work(loop_config: Mapping[str, Any]) -> None:
         saver=saver,
         agenda=Agenda(signals.look),
         latest=sender.latest if rank == 0 else dict,
+        announce=announce,
     )
     run.log_params(run.params)
     over = threading.Event()
@@ -138,8 +144,9 @@ def work(loop_config: Mapping[str, Any]) -> None:
         run.finish()
     except Exception as error:
         note_traceback(error)
-        if isinstance(error, UsageError):
-            transport.call("give_up", str(error))
+        if is_hopeless(error):
+            with suppress(TransportError):
+                transport.call("give_up", str(error))
         run.save_after(error)
         raise
     finally:

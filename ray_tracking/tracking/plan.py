@@ -35,8 +35,9 @@ class Lineage:
         return lineage
 
     def begin(self, reader: JournalReader, row: Record, *, rewinds: bool) -> None:
-        """An ATTEMPT row has come."""
+        """An ATTEMPT row has come; an attempt's second one corrects the first (the checkpoint it named was damaged)."""
         self._begun[row.attempt] = row.step, row.offset
+        self._attempt = 0
         self.go_on(reader, row.attempt, rewinds=rewinds)
 
     def go_on(self, reader: JournalReader, attempt: int, *, rewinds: bool) -> None:

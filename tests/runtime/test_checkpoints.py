@@ -18,6 +18,8 @@ from ray_tracking.errors import ConfigError, RunFailedError
 from ray_tracking.journal.reader import JournalReader
 from ray_tracking.runs.store import RunStore
 from ray_tracking.storage import Storage
+from ray_tracking.tracking.cursor import Cursor
+from tests import readback
 from tests.runtime import functions
 from tests.s3 import s3_server, s3_uri
 
@@ -103,6 +105,35 @@ def test_sealed_and_saved_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     }
     key = os.environ["CHECKPOINT_KEY"].encode()
     assert not any(key in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_damaged_checkpoint_on_resume_leaves_one_curve(tmp_path: Path) -> None:
+    """The newest is damaged, the one before it is used: every backend shows each step once."""
+    backends = {f"experiment_tracking.{name}.enabled": True for name in ("tensorboard", "wandb", "mlflow")}
+    params = {"die_at": 14, "how": "raise", "marker": str(tmp_path / "died")}
+    manager = TrainingManager(config(tmp_path, 1, {**params, "epochs": 1}, **backends))
+    with pytest.raises(RunFailedError):
+        manager.fit(functions.regression)
+    steps = [info.step for info in checkpoints(str(tmp_path / manager.run_id))]
+    assert steps == [4, 8, 12, 14], "the last one after the exception"
+    for step in (12, 14):
+        path = tmp_path / manager.run_id / "attempt-001" / f"step-{step:06d}" / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    result = TrainingManager.resume(manager.run_id, str(tmp_path))
+    assert RunStore(Storage.open(tmp_path)).load(result.run_id).attempts[1].resumed_from_step == 8
+    history = JournalReader(Storage.open(result.path)).effective()
+    logged = sorted(zip(history["key"].to_pylist(), history["step"].to_pylist(), strict=True))
+    assert [step for key, step in logged if key == "train/loss"] == list(range(1, 25))
+    cursors = {cursor.backend: cursor for cursor in Cursor.load_all(Storage.open(result.path))}
+    shown = {
+        "tensorboard": readback.tensorboard_points(cursors["tensorboard"].location),
+        "wandb": readback.wandb_points(cursors["wandb"].location, cursors["wandb"].run_id),
+        "mlflow": readback.mlflow_points(cursors["mlflow"].location, cursors["mlflow"].run_id),
+    }
+    for name, points in shown.items():
+        assert sorted((key, step) for key, step, _ in points) == logged, name
 
 
 def test_sharded_by_fsdp(tmp_path: Path) -> None:

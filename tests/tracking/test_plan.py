@@ -33,15 +33,24 @@ def test_split_at_attempts() -> None:
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.integers(0, 8), st.integers(1, 6)), min_size=1, max_size=5), st.booleans(), st.data())
+@given(
+    st.lists(st.tuples(st.integers(0, 8), st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=5),
+    st.booleans(),
+    st.data(),
+)
 def test_shows_the_effective_history_each_point_once(
-    tmp_path_factory: Path, attempts: list[tuple[int, int]], rewinds: bool, data: st.DataObject
+    tmp_path_factory: Path, attempts: list[tuple[int, int, int]], rewinds: bool, data: st.DataObject
 ) -> None:
-    """Each attempt resumes at or before where the run had come, and logs some steps on from there."""
+    """Each attempt resumes at or before where the run had come, and logs some steps on from there.
+
+    Some say at first that they resume at a later step: the checkpoint of that one was damaged.
+    """
     journal = Journal(tmp_path_factory.mktemp("run"))  # type: ignore[attr-defined]
     reached = 0
-    for number, (back, steps) in enumerate(attempts, 1):
+    for number, (back, damaged, steps) in enumerate(attempts, 1):
         resumed = max(0, reached - back) if number > 1 else -1
+        if number > 1 and damaged:
+            journal.begin(number, min(resumed + damaged, reached))
         journal.begin(number, resumed)
         begin = max(resumed, 0)
         journal.points(range(begin + 1, begin + 1 + steps), attempt=number, keys=1)
