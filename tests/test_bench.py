@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ from tests.bench.measures import (
     ratio,
     speedup,
 )
-from tests.bench.p2_training_speed import undisturbed
+from tests.bench.p2_training_speed import speed, undisturbed
 from tests.bench.state_workload import Memcpy, Workload, fastest
 
 SLOWER = Side("ours", (2.0, 4.0, 9.0))
@@ -174,7 +175,7 @@ def test_figures_are_the_files_named_so_in_order(tmp_path: Path) -> None:
 
 def test_the_figures_of_the_design_are_there() -> None:
     found = {figure.name: figure for figure in registry.figures()}
-    assert {"P1", "P2", "P3", "P4", "P8", "P9"} <= found.keys()
+    assert {"P1", "P2", "P3", "P4", "P5", "P8", "P9"} <= found.keys()
     assert all(callable(figure.load()) for figure in found.values())
 
 
@@ -264,16 +265,27 @@ def check_cpu_time() -> None:
         living.communicate()
 
 
-def _round(foreign: float) -> dict[str, dict[str, float]]:
-    quiet = {"foreign": 0.01, "whole_seconds": 2.0}
-    return {"before": quiet, "tracked": quiet, "after": {"foreign": foreign, "whole_seconds": 2.0}}
+def _round(foreign: float = 0.01, *, tracked: int = 49, silent: int = 50) -> dict[str, dict[str, float]]:
+    quiet = {"steps": silent, "seconds": 1.0, "foreign": 0.01}
+    return {"before": quiet, "tracked": quiet | {"steps": tracked}, "after": quiet | {"foreign": foreign}}
 
 
-def test_disturbed_rounds_are_not_counted_unless_most_are() -> None:
-    quiet, loud = _round(0.02), _round(0.5)
-    assert undisturbed([quiet, loud, quiet], 2) == [quiet, quiet]
-    assert undisturbed([loud, quiet], 2) == [quiet]
-    assert undisturbed([loud, loud, quiet], 4) == [loud, loud, quiet]
+def test_p2_leaves_out_rounds_in_which_others_were_busy_unless_most_are_so() -> None:
+    quiet, loud = _round(), _round(0.2)
+    assert undisturbed([quiet, loud, quiet]) == [quiet, quiet]
+    assert undisturbed([loud, quiet]) == [quiet]
+    assert undisturbed([loud, loud, quiet]) == [loud, loud, quiet]
+
+
+def test_p2_is_the_speed_of_the_tracked_windows_against_the_silent_ones_beside_them() -> None:
+    def block(*rounds: dict[str, Any]) -> dict[str, Any]:
+        return {"rounds": list(rounds), "cpu": 0.06, "records": 1000, "direct": {"cpu": 0.8, "records": 1000}}
+
+    found = speed([block(_round(), _round(0.2, tracked=10), _round(tracked=47)), block(_round())])
+    assert found.results == pytest.approx((0.96, 0.98))
+    assert found.result == pytest.approx(0.97)
+    assert not found.is_met
+    assert "took 3.0% of a core while logging; 1 rounds" in found.note
 
 
 # -- checkpoints -------------------------------------------------------------------------------------

@@ -69,6 +69,12 @@ def tree_cpu(pid: int) -> float:
     return sum(seconds[member] for member in _descendants(pid, parents) if member in seconds)
 
 
+def tree(pid: int) -> set[int]:
+    """A process and its descendants that live."""
+    parents, _ = _processes()
+    return _descendants(pid, parents) & parents.keys()
+
+
 def machine_cpu() -> float:
     """CPU seconds so far of all that ran on this machine, and what its host took away (`steal`)."""
     user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9])

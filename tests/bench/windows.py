@@ -1,28 +1,27 @@
-"""P2 on the workers: windows of training with and without logging, measured by rank 0."""
+"""P2 on the workers: windows of training with tracking and without, measured by rank 0."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.bench.direct import Direct
-from tests.bench.machine import child_named, machine_cpu, tree_cpu
+from tests.bench.machine import child_named, machine_cpu, tree, tree_cpu
 from tests.bench.workload import KEYS
 
-_SILENT_WARM_UP_SECONDS = 0.4
-_TRACKED_WARM_UP_SECONDS = 4.0
+_WARM_UP_SECONDS = 6.0
 """Longer than delivery lags: from then on the backends work at the pace of the logging."""
-_SETTLE_SECONDS = 0.5
 _DELIVERY_SECONDS = 120.0
 _DIRECT_STEPS, _DIRECT_PAUSE = 100, 0.012
-_DIRECT_EVERY = 4
 _MOST_TRIES = 1.25
 
 Log = Callable[[dict[str, Any]], None]
@@ -34,27 +33,20 @@ def nothing(metrics: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """`steps` took `seconds`; the rest is of the whole window with its warm-up and the wait for the backends.
-
-    `lag`: seconds until the backends had everything; `records` logged; CPU seconds of the tracker (`cpu`) and of what
-    is not this benchmark (`foreign`), in `whole_seconds`.
-    """
+    """`steps` took `seconds`. `foreign`: CPU seconds, in that time, of what is not this benchmark."""
 
     steps: int
     seconds: float
-    lag: float
-    records: int
-    cpu: float
     foreign: float
-    whole_seconds: float
 
 
 class Windows:
-    """Takes the windows: silent, logging, silent, logging ... silent. All ranks walk through it alike.
+    """Takes the windows: silent, tracked, silent, tracked ... silent. All ranks walk through it alike.
 
-    `steps(count, log)` trains. What rank 0 measured goes to the file `params["found"]`: `{"before": records logged
-    before the rounds, "rounds": [{"before": Window, "tracked": Window, "after": Window, "direct": ...}]}`, the silent
-    window after one round being the one before the next.
+    `steps(count, log)` trains. What rank 0 measured goes to the file `params["found"]`:
+    `{"records": logged in all, "blocks": [{"rounds": [{"before": Window, "tracked": Window, "after": Window}],
+    "cpu": seconds of the tracker and the sender, "records": logged, "direct": {"cpu": ..., "records": ...}}]}`,
+    the silent window after one round being the one before the next.
     """
 
     def __init__(
@@ -66,30 +58,52 @@ class Windows:
         self._disturbed = disturbed
         self._is_first = run.rank == 0
         self._tracker = child_named(os.getppid(), "ray::TrackerActor") if self._is_first else 0
+        self._logged = 0
 
     def measure(self) -> None:
         direct = Direct(Path(self._params["direct"])) if self._is_first else None
         if direct is not None:
             direct.block(5, _DIRECT_PAUSE)
         self._pace = self._steps_per_second()
-        before = self._tracked().records  # opens the backends
-        rounds: list[dict[str, Any]] = []
-        silent = self._silent()
-        while self._together(self._wants_more(rounds)):
-            tracked, after = self._tracked(), self._silent()
-            row = {"before": asdict(silent), "tracked": asdict(tracked), "after": asdict(after)}
-            if len(rounds) % _DIRECT_EVERY == 0:
-                row["direct"] = self._direct(direct)
-            rounds.append(row)
-            silent = after
+        self._log(int(_WARM_UP_SECONDS * self._pace))  # opens the backends
+        self._deliver()
+        self._log(int(_WARM_UP_SECONDS * self._pace))
+        blocks = [self._block(direct) for _ in range(self._params["blocks"])]
+        self._deliver()
         if direct is not None:
             direct.close()
-            Path(self._params["found"]).write_text(json.dumps({"before": before, "rounds": rounds}))
+            Path(self._params["found"]).write_text(json.dumps({"records": self._logged, "blocks": blocks}))
         self._together(None)
 
-    def _wants_more(self, rounds: list[dict[str, Any]]) -> bool:
-        wanted = self._params["rounds"]
-        return sum(not self._disturbed(row) for row in rounds) < wanted and len(rounds) < _MOST_TRIES * wanted
+    def _block(self, direct: Direct | None) -> dict[str, Any]:
+        """So many undisturbed rounds, or as many as may be tried; then one block of direct calls."""
+        wanted, rounds = self._params["rounds"], list[dict[str, Any]]()
+        logged, cpu = self._logged, self._cpu()
+        with self._frozen():
+            silent = self._window(nothing)
+        while self._together(
+            sum(not self._disturbed(row) for row in rounds) < wanted and len(rounds) < _MOST_TRIES * wanted
+        ):
+            tracked = self._window(self._run.log_metrics)
+            with self._frozen():
+                after = self._window(nothing)
+            rounds.append({"before": asdict(silent), "tracked": asdict(tracked), "after": asdict(after)})
+            silent = after
+        used = {"cpu": self._cpu() - cpu, "records": self._logged - logged}
+        with self._frozen():
+            return {"rounds": rounds, **used, "direct": self._direct(direct)}
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """While it lasts, the tracker's processes are stopped: training is as if there were no tracker."""
+        members = sorted(tree(self._tracker)) if self._is_first else []
+        try:
+            for pid in members:
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in members:
+                os.kill(pid, signal.SIGCONT)
 
     def _steps_per_second(self) -> float:
         """The same number on all ranks, as rank 0 found it."""
@@ -98,43 +112,29 @@ class Windows:
         self._steps(60, nothing)
         return float(self._together(60 / (time.perf_counter() - begin)))
 
-    def _tracked(self) -> Window:
-        return self._window(self._run.log_metrics, _TRACKED_WARM_UP_SECONDS)
+    def _log(self, steps: int) -> None:
+        self._steps(steps, self._run.log_metrics)
+        self._logged += steps * len(KEYS)
 
-    def _silent(self) -> Window:
-        return self._window(nothing, _SILENT_WARM_UP_SECONDS)
-
-    def _window(self, log: Log, warm_up_seconds: float) -> Window:
-        warm_up, timed = int(warm_up_seconds * self._pace), int(self._params["window"] * self._pace)
-        begin, cpu, foreign = time.perf_counter(), self._cpu(), self._foreign()
-        self._steps(warm_up, log)
+    def _window(self, log: Log) -> Window:
+        steps = int(self._params["window"] * self._pace)
         self._together(None)
-        begin_timed = time.perf_counter()
-        self._steps(timed, log)
+        foreign, begin = self._foreign(), time.perf_counter()
+        if log is nothing:
+            self._steps(steps, log)
+        else:
+            self._log(steps)
         self._together(None)
-        seconds = time.perf_counter() - begin_timed
-        lag = self._deliver()
-        return Window(
-            timed,
-            seconds,
-            lag,
-            (warm_up + timed) * len(KEYS) if log is not nothing else 0,
-            self._cpu() - cpu,
-            self._foreign() - foreign,
-            time.perf_counter() - begin,
-        )
+        seconds = time.perf_counter() - begin
+        return Window(steps, seconds, self._foreign() - foreign)
 
-    def _deliver(self) -> float:
-        """Wait until the backends have everything; returns how long that took, in seconds."""
-        begin = time.perf_counter()
+    def _deliver(self) -> None:
+        """Wait until the backends have everything."""
         if self._is_first:
             sender = self._run.tracker._sender
             if not (sender.flush(_DELIVERY_SECONDS) and sender._transport.call("wait_delivered", _DELIVERY_SECONDS)):
                 raise RuntimeError(f"the backends did not take the records within {_DELIVERY_SECONDS:.0f} s")
-        lag = time.perf_counter() - begin
-        time.sleep(_SETTLE_SECONDS)  # W&B's own process works on
         self._together(None)
-        return lag
 
     def _direct(self, direct: Direct | None) -> dict[str, Any]:
         """A block of direct calls in their own process, while the workers train as they do in the windows."""
