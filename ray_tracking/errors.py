@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray_tracking.runs.process import Process
+
 
 class RayTrackingError(Exception):
     """Base of every error this package raises on purpose.
@@ -60,10 +65,45 @@ class RunFailedError(RayTrackingError):
     """The training function, or what runs it, failed. Exit status 1."""
 
 
+class RunStoppedError(RayTrackingError):
+    """Somebody asked the run to end early. Its state is saved, it can be resumed. Exit status 1."""
+
+
 class RefusedError(RayTrackingError):
     """Refused to protect what is there: a held lease, a failed verification, no access. Exit status 3."""
 
     exit_code = 3
+
+
+class LeaseError(RefusedError):
+    """Another process writes the run `run`: `process`, None if not known, with the lease number `epoch`."""
+
+    def __init__(
+        self, message: str, *, run: str = "", epoch: int = 0, process: Process | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.run, self.epoch, self.process = run, epoch, process
+
+
+class LeaseHeldError(LeaseError):
+    """The run is being written by another process. Its lease runs out in `expires_in` seconds unless it is renewed."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        run: str = "",
+        epoch: int = 0,
+        process: Process | None = None,
+        expires_in: float = 0.0,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, run=run, epoch=epoch, process=process, hint=hint)
+        self.expires_in = expires_in
+
+
+class LeaseLostError(LeaseError):
+    """This process must not write the run any more."""
 
 
 class JournalError(RayTrackingError):

@@ -14,11 +14,11 @@ from pyarrow import ipc
 
 from ray_tracking.errors import JournalError
 from ray_tracking.journal.schema import SCHEMA, VERSION, VERSION_KEY
-from ray_tracking.journal.segments import ROOT, Layout, Segment, layout, parse
+from ray_tracking.journal.segments import NO_TERM, ROOT, Layout, Segment, Term, layout, parse
 from ray_tracking.storage import Storage
 
 
-def pack(table: pa.Table, attempt: int | None) -> tuple[Segment, memoryview]:
+def pack(table: pa.Table, attempt: int | None, term: Term = NO_TERM) -> tuple[Segment, memoryview]:
     """A table of `SCHEMA` as one file: Parquet for the history (`attempt` None), else Arrow."""
     sink = pa.BufferOutputStream()
     if attempt is None:
@@ -31,7 +31,7 @@ def pack(table: pa.Table, attempt: int | None) -> tuple[Segment, memoryview]:
     data = memoryview(sink.getvalue())
     offsets = table.column("offset")
     digest = xxhash.xxh3_64_hexdigest(data)
-    return Segment(offsets[0].as_py(), offsets[-1].as_py(), digest, attempt, data.nbytes), data
+    return Segment(offsets[0].as_py(), offsets[-1].as_py(), digest, attempt, data.nbytes, term), data
 
 
 def find(storage: Storage) -> Layout:

@@ -6,7 +6,7 @@ In: a run's directory. Out: records and tables. Needs no other state than the of
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -28,12 +28,16 @@ class JournalReader:
 
     A damaged or missing segment raises JournalError that names it; with `strict=False` its records are left
     out, a warning is logged, and its name (or the missing offsets) is in `skipped`.
+
+    `end`: for readers beside the writer, the offset it has come to; segments from there on are not its own. A writer
+    that was shut out may write late, and only the next segment of the one after it shows what that was.
     """
 
-    def __init__(self, storage: Storage, *, strict: bool = True) -> None:
+    def __init__(self, storage: Storage, *, strict: bool = True, end: Callable[[], int] | None = None) -> None:
         self.storage = storage
         self.strict = strict
         self.skipped: list[str] = []
+        self._end = end
         self._layout: Layout | None = None
         self._last: tuple[Segment, pa.Table] | None = None
 
@@ -126,8 +130,11 @@ class JournalReader:
 
     def _list(self, start: int) -> Layout:
         """A listing taken during a merge may show neither parts nor whole: a gap is looked at again."""
+        end = None if self._end is None else self._end()  # before the listing, which has all up to it then
         for _ in range(_TRIES):
             found = files.find(self.storage)
+            if end is not None:
+                found = found.up_to(end)
             if not gaps(found.live, start):
                 break
         return found

@@ -6,13 +6,13 @@ verifies it, and only then deletes what it replaces; one that was cut off leaves
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
 from ray_tracking.errors import JournalError
 from ray_tracking.journal import files
-from ray_tracking.journal.segments import ROOT, Layout, Segment, plan_history, plan_merge
+from ray_tracking.journal.segments import NO_TERM, ROOT, Layout, Segment, plan_history, plan_merge
 from ray_tracking.storage import Storage
 
 
@@ -20,10 +20,12 @@ class Upkeep:
     """Merges and compacts one journal; not thread-safe. Touches only segments that end before `end`.
 
     A segment that doesn't verify raises JournalError once, and from then on is left where and as it is.
+    `check` is called before each change; it raises if this process must make none.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, check: Callable[[], object] = lambda: None) -> None:
         self._storage = storage
+        self._check = check
         self._damaged: set[str] = set()
 
     def merge(self, end: int) -> int:
@@ -54,6 +56,7 @@ class Upkeep:
 
     def remove_empty_folders(self) -> None:
         """Folders without a segment, and what a killed writer left there. No append may run meanwhile."""
+        self._check()
         for entry in self._storage.list(ROOT):
             if entry.is_dir and not self._storage.list(f"{ROOT}/{entry.name}"):
                 self._storage.delete_dir(f"{ROOT}/{entry.name}")
@@ -63,15 +66,16 @@ class Upkeep:
         live = tuple(segment for segment in found.live if segment.last < end)
         covered = tuple(segment for segment in found.covered if segment.last < end)
         self._delete(covered)
-        return Layout(live, covered, found.clashing)
+        return Layout(live, covered, found.clashing, found.late)
 
     def _replace(self, parts: Sequence[Segment], attempt: int | None) -> None:
         table = pa.concat_tables([self._load(part) for part in parts]).unify_dictionaries()
-        whole, data = files.pack(table, attempt)
+        whole, data = files.pack(table, attempt, NO_TERM if attempt is None else parts[-1].term)
         if (whole.first, whole.last) != (parts[0].first, parts[-1].last) or whole.rows != table.num_rows:
             raise JournalError(
                 f"Merging {parts[0].name!r} to {parts[-1].name!r} would lose records; they stay as they are."
             )
+        self._check()
         self._storage.write_bytes(whole.name, data)
         try:
             files.load(self._storage, whole, ["offset"])
@@ -88,5 +92,7 @@ class Upkeep:
             raise
 
     def _delete(self, segments: Sequence[Segment]) -> None:
+        if segments:
+            self._check()
         for segment in segments:
             self._storage.delete(segment.name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from ray_tracking.errors import JournalError
 from ray_tracking.journal import files
 from ray_tracking.journal.reader import JournalReader
 from ray_tracking.journal.schema import number, table_of
-from ray_tracking.journal.segments import Segment
+from ray_tracking.journal.segments import NO_TERM, Segment, Term
 from ray_tracking.journal.upkeep import Upkeep
 from ray_tracking.records import Record
 from ray_tracking.storage import Storage
@@ -42,13 +42,21 @@ class JournalWriter:
     and written again, to the same name with the same bytes, before anything else: the caller appends the same
     records again, or goes on with others; nothing is doubled, torn or out of order.
     All records of one log call (`attempt`, `rank`, `seq`) belong into one append.
+
+    `check` raises if this process must not write the journal any more (`Lease.check`); it is asked before and after
+    each write, so an append returns only while no other writer had begun. `term` tells this writer's segments from
+    those of the ones before it.
     """
 
-    def __init__(self, storage: Storage, attempt: int) -> None:
+    def __init__(
+        self, storage: Storage, attempt: int, *, term: Term = NO_TERM, check: Callable[[], object] = lambda: None
+    ) -> None:
         self._storage = storage
+        self._term = term
+        self._check = check
         self._lock = threading.Lock()
         self._upkeep_lock = threading.Lock()
-        self._upkeep = Upkeep(storage)
+        self._upkeep = Upkeep(storage, check)
         self._untold: list[_Batch] = []
         self._newest_seq: dict[tuple[int, int], int] = {}
         found = files.find(storage)
@@ -88,10 +96,11 @@ class JournalWriter:
                         f"Records of a later attempt than {self.attempt} can't be journaled yet.",
                         hint="Call begin_attempt first.",
                     )
-                segment, data = files.pack(table, self.attempt)
+                segment, data = files.pack(table, self.attempt, self._term)
                 self._untold.append(_Batch(numbered, segment, data))
                 self._allocated += len(numbered)
             self._write_untold()
+            self._check()  # only now is it known that the writes came in time
             told = [record for batch in self._untold for record in batch.records]
             self._untold.clear()
             self._next = self._allocated
@@ -127,6 +136,7 @@ class JournalWriter:
     def _write_untold(self) -> None:
         for batch in self._untold:
             if not batch.durable:
+                self._check()
                 self._storage.write_bytes(batch.segment.name, batch.data)
                 batch.durable = True
                 for attempt, rank, seq in {(one.attempt, one.rank, one.seq) for one in batch.records}:

@@ -15,6 +15,7 @@ from ray_tracking.checkpoint.store import CheckpointStore
 from ray_tracking.checkpoint.strategy import CheckpointStrategy
 from ray_tracking.errors import RayTrackingError, UsageError
 from ray_tracking.monitoring.overview import last_sign_of_life, status_now
+from ray_tracking.runs.lease import holder
 from ray_tracking.runs.record import RunRecord, Status
 from ray_tracking.runs.store import RunStore
 from ray_tracking.runs.summary import Summary
@@ -112,6 +113,8 @@ def all_places(runs: RunStore, now: float) -> tuple[list[Place], list[str]]:
 
 def _of_record(record: RunRecord, directory: Storage, now: float) -> Place:
     status = status_now(record, last_sign_of_life(record, Summary.load(directory)), now)
+    if status != Status.RUNNING and holder(directory) is not None:
+        status = Status.RUNNING.value  # a driver that has just begun to resume it, or one that waits for its cluster
     training = record.config.get("training") or {}
     return Place(
         directory,

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Sequence
 
 from ray_tracking.errors import UsageError
-from ray_tracking.runs.store import RunStore
+from ray_tracking.runs.store import RunStore, sweep_of
 
 LATEST = "latest"
 _HINT = "List the runs with `ray-tracking runs ls`; another place with --storage or RAY_TRACKING_STORAGE."
@@ -24,6 +24,8 @@ def select_run(store: RunStore, wanted: str) -> str:
         if run_id is None:
             raise UsageError(f"There are no runs in {store.storage.uri}.", hint="Start one with `ray-tracking demo`.")
         return run_id
+    if sweep_of(wanted) is not None and store.exists(wanted):
+        return wanted
     return match(wanted, list(store.ids()), store.storage.uri)
 
 

@@ -16,16 +16,17 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Self
 
 from ray_tracking.conditional import is_exclusive
-from ray_tracking.errors import RayTrackingError, RefusedError, StorageError
+from ray_tracking.errors import LeaseHeldError, LeaseLostError, RayTrackingError, StorageError
 from ray_tracking.log import get_logger
 from ray_tracking.runs.lease_files import Clock, Onlooker, clear_before, process_at, seats
 from ray_tracking.runs.lease_rules import (
     DEFAULT_SECONDS,
+    FOLDER,
     LONGEST_SECONDS,
     RENEWAL,
     SILENCE,
@@ -39,38 +40,13 @@ from ray_tracking.runs.lease_rules import (
     parse_record,
     silence_left,
 )
-from ray_tracking.runs.process import Process, this_process
+from ray_tracking.runs.process import Process, is_certainly_dead, this_process
 from ray_tracking.storage import Storage
 
 log = get_logger()
 
-
-class LeaseHeldError(RefusedError):
-    """Another process writes the run. `process` is None if its lease can't be read. Exit status 3."""
-
-    def __init__(self, run: str, epoch: int, owner: Seen) -> None:
-        record, left = owner.record, expires_in(owner)
-        self.epoch, self.expires_in = epoch, left
-        self.process = record.process if record else None
-        if record is None:
-            who = "has a lease that can't be read (cut off or damaged)"
-            what = f"If nothing writes the run, try again in {left:.0f} s."
-        else:
-            since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(record.acquired))
-            who = f"is being written by another process: {record.process}, since {since}"
-            what = f"Let it end, or stop it. If it has died, try again in {left:.0f} s."
-        super().__init__(
-            f"The run {run!r} {who}. Its lease (number {epoch}) runs out in {left:.0f} s unless it is renewed.",
-            hint=f"{what} Or choose another --run-id for a run of its own.",
-        )
-
-
-class LeaseLostError(RefusedError):
-    """This process must not write the run any more. `epoch` and `process`: of who may now, as far as known."""
-
-    def __init__(self, message: str, epoch: int, process: Process | None = None, *, hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
-        self.epoch, self.process = epoch, process
+_LOOK_SECONDS = 1.0
+"""Between two looks at a writer that may have died: of a driver killed just now, it ends within a second or two."""
 
 
 class Lease:
@@ -95,6 +71,11 @@ class Lease:
     def duration(self) -> float:
         """Seconds without a sign of life after which others may take over."""
         return self._record.duration
+
+    @property
+    def lost(self) -> LeaseLostError | None:
+        """Why nothing may be written any more, as far as this process has noticed."""
+        return self._lost
 
     @property
     def ticket(self) -> str:
@@ -154,7 +135,8 @@ class Lease:
             self._lost = LeaseLostError(
                 f"The lease of the run {_run_id(self._run)!r} (number {self.seat}) was given back; "
                 "nothing more is written.",
-                self.epoch,
+                run=_run_id(self._run),
+                epoch=self.epoch,
             )
             try:
                 self._run.write_bytes(self.seat.name, replace(self._record, released=True).to_json())
@@ -232,7 +214,7 @@ def acquire(
         owner = seen.get(Seat(epoch))
         verdict = judge(owner)
         if owner is None or verdict is Verdict.FREE:
-            lease = _claim(onlooker, Seat(epoch + 1), duration)
+            lease = _claim(onlooker, Seat(epoch + 1), duration, seen)
             if lease is not None:
                 return lease
             continue
@@ -246,7 +228,7 @@ def acquire(
         else:
             left = until - onlooker.clock.now()
             if left <= 0:
-                raise LeaseHeldError(_run_id(run), epoch, owner)
+                raise _held_by(run, epoch, owner)
         onlooker.clock.wait(min(pause, left))
 
 
@@ -266,13 +248,34 @@ def join(run: Storage, ticket: str, *, clock: Clock | None = None, process: Proc
             winner = seen.get(Seat(newest.epoch))
             now = winner.record.process if winner and winner.record and not winner.record.released else None
             raise _lost_to(run, owner, Seat(newest.epoch), now)
-        lease = _claim(onlooker, Seat(owner.epoch, newest.number + 1), values["duration"])
+        lease = _claim(onlooker, Seat(owner.epoch, newest.number + 1), values["duration"], seen)
         if lease is not None:
             return lease
 
 
-def _claim(onlooker: Onlooker, seat: Seat, duration: float) -> Lease | None:
-    """Make the file of `seat` and wait until nobody before it can believe in theirs. None: someone else was first."""
+def holder(run: Storage, *, process: Process | None = None) -> Process | None:
+    """Who owns the run now, for those who only take care of it: one look, without a write or a wait.
+
+    Judged by this host's clock, so an owner that died elsewhere may count for two durations.
+    Raises StorageError.
+    """
+    newest = max(
+        ((seat, entry.modified) for entry in run.list(FOLDER) if (seat := Seat.parse(entry.name)) and not seat.number),
+        default=None,
+    )
+    if newest is None:
+        return None
+    try:
+        record = parse_record(run.read_bytes(newest[0].name))
+    except FileNotFoundError:
+        return None
+    if record is None or record.released or is_certainly_dead(record.process, process or this_process()):
+        return None
+    return record.process if time.time() - newest[1] <= 2 * record.duration else None
+
+
+def _claim(onlooker: Onlooker, seat: Seat, duration: float, before: Iterable[Seat]) -> Lease | None:
+    """Make the file of `seat` and wait until nobody of `before` can believe in theirs. None: someone else was first."""
     taken = onlooker.clock.now()
     record = LeaseRecord(onlooker.process, secrets.token_hex(16), time.time(), duration)
     if not onlooker.run.create_new(seat.name, record.to_json()):
@@ -280,8 +283,11 @@ def _claim(onlooker: Onlooker, seat: Seat, duration: float) -> Lease | None:
     lease = Lease(onlooker.run, seat, record, onlooker.clock, taken)
     try:
         # Only now can it be known who renews no more: whoever does from now on sees our file.
-        while left := silence_left(seen for other, seen in onlooker.look().items() if seat.follows(other)):
-            onlooker.clock.wait(min(left, duration * RENEWAL))
+        while any(map(seat.follows, before)):
+            left = silence_left(seen for other, seen in onlooker.look().items() if seat.follows(other))
+            if not left:
+                break
+            onlooker.clock.wait(min(left, duration * RENEWAL, _LOOK_SECONDS))
             lease.renew()
         lease.confirm()
     except LeaseLostError:
@@ -293,12 +299,32 @@ def _claim(onlooker: Onlooker, seat: Seat, duration: float) -> Lease | None:
     return lease
 
 
+def _held_by(run: Storage, epoch: int, owner: Seen) -> LeaseHeldError:
+    record, left = owner.record, expires_in(owner)
+    if record is None:
+        who = "has a lease that can't be read (cut off or damaged)"
+        what = f"If nothing writes the run, try again in {left:.0f} s."
+    else:
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(record.acquired))
+        who = f"is being written by another process: {record.process}, since {since}"
+        what = f"Let it end, or stop it. If it has died, try again in {left:.0f} s."
+    return LeaseHeldError(
+        f"The run {_run_id(run)!r} {who}. Its lease (number {epoch}) runs out in {left:.0f} s unless it is renewed.",
+        run=_run_id(run),
+        epoch=epoch,
+        process=record.process if record else None,
+        expires_in=left,
+        hint=f"{what} Or give this one a run of its own: another run id (--run-id, --force-new).",
+    )
+
+
 def _lost_to(run: Storage, mine: Seat, winner: Seat, process: Process | None) -> LeaseLostError:
     return LeaseLostError(
         f"The run {_run_id(run)!r} is no longer written by this process ({this_process()}, lease number {mine}) "
         f"but by {process or 'another one, or it has ended'} (lease number {winner}).",
-        winner.epoch,
-        process,
+        run=_run_id(run),
+        epoch=winner.epoch,
+        process=process,
         hint="It was stopped, or cut off from the storage, for longer than its lease. Nothing more of it is written: "
         "end it; the other one goes on.",
     )

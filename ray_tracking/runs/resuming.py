@@ -5,16 +5,24 @@ In: a `RunRecord`. Out: its configuration as overrides; differences in words.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ray_tracking.config import REMOVED
 from ray_tracking.errors import RefusedError, UsageError
-from ray_tracking.runs.record import RunRecord, Status
+from ray_tracking.runs.record import Attempt, RunRecord, Status
+from ray_tracking.runs.store import sweep_of
 
 
 def check_resumable(record: RunRecord, *, has_function: bool) -> None:
-    """Raises RefusedError for a completed run, UsageError for one whose training function is not known by name."""
+    """Raises RefusedError for a completed run, UsageError for one whose training function is not known by name, and
+    for a sweep's trial.
+    """
+    if (sweep := sweep_of(record.run_id)) is not None:
+        raise UsageError(
+            f"The run {record.run_id!r} is a trial of a sweep, which goes on with all of its trials.",
+            hint=f"Resume the sweep: ray-tracking resume {sweep}",
+        )
     if record.status is Status.COMPLETED:
         raise RefusedError(
             f"The run {record.run_id!r} is completed; there is nothing to resume.",
@@ -66,6 +74,18 @@ def changes(record: RunRecord, *, code_digest: str | None, versions: Mapping[str
     if last != workers:
         found.append(f"{last} workers are now {workers}: the samples left in the epoch are dealt anew")
     return found
+
+
+def is_superseded(attempt: int, step: int, attempts: Iterable[Attempt]) -> bool:
+    """Whether what `attempt` had at `step` counts no more: a later attempt went on from an earlier step.
+
+    The rule of the journal, for checkpoints: one that became complete after that (its worker was slow, or shut out)
+    belongs to another history than the curves show.
+    """
+    return any(
+        later.number > attempt and later.resumed_from_step is not None and later.resumed_from_step < step
+        for later in attempts
+    )
 
 
 def _covers(given: str, key: str) -> bool:

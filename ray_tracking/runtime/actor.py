@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_tracking.errors import RayTrackingError
+from ray_tracking.errors import LeaseError, RayTrackingError, RefusedError
 from ray_tracking.log import configure
 from ray_tracking.tracking.priority import stand_back
 from ray_tracking.tracking.spec import TrackerSpec
@@ -27,29 +29,51 @@ def forwarded_environment(*further: str) -> dict[str, str]:
 
 
 class TrackerActor:
-    """The TrackerService of one run in a process of its own. Methods run on several threads."""
+    """The TrackerService of one run in a process of its own. Methods run on several threads.
+
+    What keeps the service from starting is raised by the calls, not here: an actor that fails to be made is dead for
+    good, and its callers are not told why in a form that they could act upon.
+    """
 
     def __init__(self, spec: str, environment: dict[str, str]) -> None:
         for name, value in environment.items():
             os.environ.setdefault(name, value)
         stand_back()
-        parsed = TrackerSpec.from_json(spec)
-        configure(parsed.log_level, json=parsed.log_json)
-        from ray_tracking.tracking.service import TrackerService
-
-        self._service = TrackerService(parsed)
+        self._spec = TrackerSpec.from_json(spec)
+        configure(self._spec.log_level, json=self._spec.log_json)
+        self._service: Any = None
+        self._refused: RefusedError | None = None
+        self._starting = threading.Lock()
+        with suppress(RayTrackingError):
+            self._started()
 
     def append(self, rank: int, attempt: int, batch: bytes) -> int:
-        return self._service.append(rank, attempt, batch)
+        return int(self._started().append(rank, attempt, batch))
 
     def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._service, method)(*arguments)
+        return getattr(self._started(), method)(*arguments)
+
+    def _started(self) -> Any:
+        """The service. A storage that failed at its start is tried again; a refusal is final."""
+        if self._service is None:
+            from ray_tracking.tracking.service import TrackerService
+
+            with self._starting:
+                if self._refused is not None:
+                    raise self._refused
+                if self._service is None:
+                    try:
+                        self._service = TrackerService(self._spec)
+                    except RefusedError as error:
+                        self._refused = error
+                        raise
+        return self._service
 
 
 def start_actor(spec: TrackerSpec) -> Any:
     """Start the actor on this node if it can be, and wait until it serves. Raises what the service raises."""
     here = ray.get_runtime_context().get_node_id()
-    actor = (
+    actor: Any = (
         ray.remote(TrackerActor)
         .options(
             num_cpus=0,
@@ -60,7 +84,11 @@ def start_actor(spec: TrackerSpec) -> Any:
         )
         .remote(spec.to_json(), forwarded_environment())
     )
-    ActorTransport(actor).call("last_step")
+    try:
+        ActorTransport(actor).call("last_step")
+    except BaseException:
+        ray.kill(actor)
+        raise
     return actor
 
 
@@ -73,6 +101,10 @@ class ActorTransport:
     def append(self, rank: int, attempt: int, batch: bytes) -> int:
         try:
             return int(ray.get(self._actor.append.remote(rank, attempt, batch)))
+        except RayTaskError as error:
+            if isinstance(error.cause, LeaseError):
+                raise error.cause from None
+            raise TransportError(_reason(error)) from error
         except RayError as error:
             raise TransportError(_reason(error)) from error
 

@@ -24,7 +24,8 @@ class ExperimentTracker(ABC):
     ) -> str:
         """Start a run, or continue the unfinished run `run_id`. Returns the run id.
 
-        Raises RefusedError for a run that is completed, StorageError if the storage can't be written.
+        Raises RefusedError for a run that is completed, LeaseHeldError for one that another process writes now,
+        StorageError if the storage can't be written.
         """
 
     @abstractmethod
@@ -53,11 +54,17 @@ class ExperimentTracker(ABC):
 
     @abstractmethod
     def flush(self, timeout: float = 30.0) -> bool:
-        """Wait until all that was logged is in the journal. False if the time ran out."""
+        """Wait until all that was logged is in the journal. False if the time ran out.
+
+        Raises LeaseLostError if another process has taken over the run (this one was stopped or cut off for long).
+        """
 
     @abstractmethod
     def finalize_experiment(self, status: str = "completed") -> None:
-        """End the run: `status` is completed, failed or aborted. What a backend lacks then stays in the journal."""
+        """End the run: `status` is completed, failed or aborted. What a backend lacks then stays in the journal.
+
+        Raises LeaseLostError as `flush` does; the run is the other process's then, and is not touched.
+        """
 
 
 class NoopTracker(ExperimentTracker):

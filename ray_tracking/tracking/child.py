@@ -17,11 +17,13 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict, replace
 from typing import Any
 
 from ray_tracking import errors
-from ray_tracking.errors import RayTrackingError
+from ray_tracking.errors import LeaseError, RayTrackingError
 from ray_tracking.log import configure, get_logger
+from ray_tracking.runs.process import Process
 from ray_tracking.tracking.priority import stand_back
 from ray_tracking.tracking.spec import TrackerSpec
 from ray_tracking.tracking.transport import TransportError
@@ -104,7 +106,7 @@ class ChildTransport:
         self._lock = threading.Lock()
         self._closed = False
         self._number = 0
-        self._process, self._pipe = self._start()
+        self._process, self._pipe = self._start(spec)
 
     @property
     def pid(self) -> int:
@@ -132,7 +134,7 @@ class ChildTransport:
         finally:
             self._lock.release()
 
-    def _start(self) -> tuple[subprocess.Popen[bytes], _Pipe]:
+    def _start(self, spec: TrackerSpec) -> tuple[subprocess.Popen[bytes], _Pipe]:
         # The parent's sys.path, as multiprocessing does it: what the script can import, its tracker can.
         code = f"import sys; sys.path[:] = {sys.path!r}; from ray_tracking.tracking.child import main; main()"
         # An own session: Ctrl-C in the terminal is for the script, which then closes the tracker in order.
@@ -148,7 +150,7 @@ class ChildTransport:
         pipe = _Pipe(process.stdout.fileno(), process.stdin.fileno())
         end = time.monotonic() + _START_SECONDS
         try:
-            pipe.send((os.getpid(), self._spec.to_json()), end)
+            pipe.send((os.getpid(), spec.to_json()), end)
             answer = pipe.receive(end)
         except (_Silent, OSError) as error:
             process.kill()
@@ -174,7 +176,9 @@ class ChildTransport:
             if self._process.poll() is not None:
                 log.warning("the tracker process died; starting it again", exit_status=self._process.returncode)
                 self._let_go()
-                self._process, self._pipe = self._start()
+                # Where nobody can tell that it is dead, its lease runs out.
+                patience = 0.0 if self._spec.lease else 1.5 * self._spec.lease_secs
+                self._process, self._pipe = self._start(replace(self._spec, patience=patience))
             self._number += 1
             try:
                 self._pipe.send((self._number, method, arguments), end)
@@ -214,7 +218,23 @@ def _value_of(answer: tuple[str, Any]) -> Any:
         return value
     if kind == _RETRY:
         raise TransportError(value)
-    raise getattr(errors, kind, RayTrackingError)(value)
+    raise _error_of(kind, value)
+
+
+def _plain(error: RayTrackingError) -> tuple[str, dict[str, Any]]:
+    """An error as plain values; of its own attributes only a lease's holder matters to the other side."""
+    values: dict[str, Any] = {"message": str(error)}
+    if isinstance(error, LeaseError):
+        values |= {"run": error.run, "epoch": error.epoch}
+        values["process"] = None if error.process is None else asdict(error.process)
+    return type(error).__name__, values
+
+
+def _error_of(kind: str, values: dict[str, Any]) -> RayTrackingError:
+    if values.get("process") is not None:
+        values["process"] = Process(**values["process"])
+    error: RayTrackingError = getattr(errors, kind, RayTrackingError)(**values)
+    return error
 
 
 def main() -> None:
@@ -236,7 +256,7 @@ def main() -> None:
     try:
         service = TrackerService(spec)
     except RayTrackingError as error:
-        pipe.send((type(error).__name__, str(error)))
+        pipe.send(_plain(error))
         return
     pipe.send(("ok", None))
     if not _serve(service, pipe, parent):
@@ -255,7 +275,8 @@ def _serve(service: Any, pipe: _Pipe, parent: int) -> bool:
             answer = (number, "ok", getattr(service, method)(*arguments))
             closed = closed or method == "close"
         except RayTrackingError as error:
-            answer = (number, _RETRY if method == "append" else type(error).__name__, str(error))
+            final = method != "append" or isinstance(error, LeaseError)
+            answer = (number, *(_plain(error) if final else (_RETRY, str(error))))
         except Exception as error:  # one request that fails must not end the tracker of the run
             log.error("a request to the tracker failed", method=method, exc_info=True)
             answer = (number, _RETRY, f"{type(error).__name__}: {error}")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray_tracking.config import ExperimentTrackingConfig, redact, section
-from ray_tracking.errors import RayTrackingError, RefusedError, UsageError
+from ray_tracking.errors import LeaseError, RayTrackingError, RefusedError, UsageError
 from ray_tracking.log import configure_once, get_logger, is_json, level_name
 from ray_tracking.runs.store import check_run_id, default_storage, new_run_id
 from ray_tracking.storage import Storage
@@ -170,7 +170,7 @@ class CompositeTracker(ExperimentTracker):
         assert self._sender is not None
         assert self._transport is not None
         atexit.unregister(self._at_exit)
-        sender, transport = self._sender, self._transport
+        sender, transport, run_id = self._sender, self._transport, self.run_id
         self.run_id = self._sender = self._transport = self._logger = None
         self._ended = True
         del self.log_metrics
@@ -180,12 +180,15 @@ class CompositeTracker(ExperimentTracker):
         finally:
             transport.close()
         for name, backend in (report.get("backends") or {}).items():
-            if backend["pending"]:
+            if backend["state"] != "complete":
+                from ray_tracking.tracking.syncing import sync_command
+
                 log.warning(
                     "backend has not got everything; the journal has",
                     backend=name,
                     pending=backend["pending"],
                     why=backend["error"],
+                    fix=sync_command(run_id or "", Storage.open(self._storage).uri),
                 )
 
     def _close_service(self, transport: ChildTransport, status: str, reason: str) -> dict[str, Any]:
@@ -193,6 +196,8 @@ class CompositeTracker(ExperimentTracker):
         for again in (True, False):  # once more if the tracker process has just died: it starts anew
             try:
                 return dict(transport.call("close", status, reason, timeout=timeout))
+            except LeaseError:
+                raise
             except RefusedError:
                 return {}  # it had closed the run just before it died
             except TransportError as error:

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from ray_tracking.log import get_logger
 from ray_tracking.storage import Storage
+from ray_tracking.tracking.plan import Span
 
 log = get_logger()
 
@@ -41,6 +42,8 @@ class Cursor:
     location: str | None = None
     unsupported: list[str] = field(default_factory=list)
     """Kinds of record it can't show."""
+    spans: list[Span] = field(default_factory=list)
+    """Where rows that a later attempt supersedes were left out."""
 
     def save(self, run: Storage) -> None:
         run.write_bytes(f"{FOLDER}/{self.backend}.json", json.dumps(asdict(self)).encode())
@@ -54,6 +57,7 @@ class Cursor:
             known = {f.name for f in fields(cls)}
             values = {key: value for key, value in values.items() if key in known}
             cursor = cls(**{**values, "backend": backend, "state": BackendState(values["state"])})
+            cursor.spans = [Span(*map(int, span)) for span in cursor.spans]
             if not all(type(n) is int and n >= 0 for n in (cursor.offset, cursor.delivered, cursor.dropped)):
                 raise ValueError("an offset or count is no whole number")
         except FileNotFoundError:

@@ -5,12 +5,14 @@ In: journal rows from the cursor on. Out: calls to a Backend, and a Cursor that 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
-from ray_tracking.errors import BackendError, BackendRefusedError, StorageError
+from ray_tracking.errors import BackendError, BackendRefusedError, LeaseLostError, StorageError
 from ray_tracking.journal.reader import JournalReader
 from ray_tracking.log import get_logger
 from ray_tracking.records import Kind, Record
@@ -18,35 +20,48 @@ from ray_tracking.storage import Storage
 from ray_tracking.tracking.backends.base import Backend, BackendIdentity, RunInfo
 from ray_tracking.tracking.collector import settle
 from ray_tracking.tracking.cursor import BackendState, Cursor
-from ray_tracking.tracking.plan import Lineage, split_at_attempts
+from ray_tracking.tracking.patience import Patience
+from ray_tracking.tracking.plan import Lineage, Span, cut, split_at_attempts
 from ray_tracking.tracking.tail import Tail
 
 log = get_logger()
 
 _READ_ROWS = 2000
-_PAUSE_SECONDS = 2.0
-"""Between two calls to a backend that keeps up: backends cost by the call, so two seconds' rows go together."""
-_LAST_PAUSE_SECONDS = 1.0
-"""At most this long between the last tries, when the run ends."""
+_PAUSE_SECONDS = 3.0
+"""Between two calls to a backend that keeps up: backends cost by the call, so three seconds' rows go together."""
 _SAVE_SECONDS = 5.0
 _FLUSH_SECONDS = 10.0
-_LONGEST_WAIT_SECONDS = 60.0
-_LAST_TRIES = 3
+_LEAST_RECORDS = 50
+"""In one call, where more at once take a backend longer than its client waits."""
+_QUIET_SECONDS = 60.0
+"""One that fails again and again is not warned of more often."""
+_CLOSINGS = 3
+"""Tries to close a backend."""
+_FOREIGN = (Exception, SystemExit)
+"""What a backend may raise: it is foreign code, and all of it stays with it."""
 
 NOT_FOR_BACKENDS = frozenset({Kind.ATTEMPT, Kind.RANK_SCALAR})
 
 
-def retry_wait(failures: int, retry_after: float | None) -> float:
-    """Seconds until the next try after `failures` failures in a row: 1, 2, 4 ... 60, or what the backend asked for."""
-    doubled = float(min(2 ** (failures - 1), _LONGEST_WAIT_SECONDS)) if failures < 8 else _LONGEST_WAIT_SECONDS
-    return doubled if retry_after is None else max(retry_after, doubled)
-
-
 class Delivery:
-    """One backend of one run. `start`, then `finish` once no more rows come."""
+    """One backend of one run. `start`, then `finish` once no more rows come.
+
+    `ended`: the journal is whole, so what a later attempt supersedes need not be shown to one that can't forget it.
+    With `tries` it gives up after so many failures in a row, whatever `finish` says. `check` raises LeaseLostError once
+    another process writes the run (`Lease.check`): nothing more is shown or saved by this one then.
+    """
 
     def __init__(
-        self, backend: Backend, run: RunInfo, directory: Storage, tail: Tail, *, deadline: float = 60.0
+        self,
+        backend: Backend,
+        run: RunInfo,
+        directory: Storage,
+        tail: Tail,
+        *,
+        deadline: float = 60.0,
+        ended: bool = False,
+        tries: int | None = None,
+        check: Callable[[], object] = lambda: None,
     ) -> None:
         self.cursor = Cursor.load(directory, backend.name)
         self._backend = backend
@@ -54,14 +69,21 @@ class Delivery:
         self._run = run
         self._directory = directory
         self._tail = tail
-        self._reader = JournalReader(directory, strict=False)  # an own one: a reader is for one thread
+        # An own one: a reader is for one thread.
+        self._reader = JournalReader(directory, strict=False, end=lambda: tail.next_offset)
         self._deadline = deadline
+        self._ended = ended
+        self._patience = Patience(tries)
+        self._check = check
+        self._lost = False
         self._lineage: Lineage | None = None
         self._opened = False
+        self._closings = 0
+        self._closed = False
         self._settled = False
-        self._failures = 0
-        self._failures_at_end = 0
-        self._down_at_end = False
+        self._announced = False
+        self._warned = -math.inf
+        self._most = backend.max_records
         self._called: float | None = None
         self._saved = self._flushed = time.monotonic()
         self._unsaved = False
@@ -98,7 +120,7 @@ class Delivery:
             called = self._called
             waited = 0.0 if called is None else time.monotonic() - called
             # In place: the thread may be moving the offset on just now.
-            self.cursor.error = self.cursor.error or f"no answer for {waited:.0f} s when the run ended"
+            self.cursor.error = self.cursor.error or f"cut off at its end: no answer for {waited:.0f} s"
             self.cursor.state = BackendState.PENDING
             self._save()
         return self.cursor
@@ -116,31 +138,37 @@ class Delivery:
         """Write what the thread itself can't write while it hangs. For another thread, every few seconds."""
         state = self.state
         if state.state is BackendState.HANGING:
-            if self.cursor.state is not BackendState.HANGING:
-                log.warning("backend hangs; training goes on", backend=self._backend.name, error=state.error)
+            self._announce("backend hangs; training goes on", error=state.error)
             self.cursor.state, self.cursor.error = state.state, state.error
             self._save()
 
     # --- the thread -------------------------------------------------------------------------------------------
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the thread has ended: all was delivered, or it has given up."""
+        return not self._thread.is_alive()
+
     def _work(self) -> None:
-        while not self._is_over() and not self._has_given_up():
+        while not self._is_over() and not self._has_given_up() and self._closings < _CLOSINGS:
             finishing = self._finishing.is_set()  # asked before the rows are: none may come in between unseen
             self._called = time.monotonic()
             try:
                 more = self._step()
+                if finishing and not more:
+                    self._close()
             except BackendRefusedError as error:
                 self._disable(error)
                 return
-            except Exception as error:  # noqa: BLE001 - a backend is foreign code: whatever it raises stays here
+            except LeaseLostError as error:
+                self._stop(error)
+                return
+            except _FOREIGN as error:
                 self._called = None
                 self._fail(error)
                 continue
             self._called = None
-            self._down_at_end = False
-            if self._failures:
-                log.info("backend answers again", backend=self._backend.name, failures=self._failures)
-                self._failures = 0
+            self._recover()
             self.cursor.state, self.cursor.error = BackendState.OK, None
             if time.monotonic() - self._saved > _SAVE_SECONDS:
                 self._save()
@@ -152,17 +180,18 @@ class Delivery:
             self._hurried.clear()
             if not self._finishing.is_set():
                 self._tail.wait(self.cursor.offset, _SAVE_SECONDS)
-        self._close()
+        self._conclude()
 
     def _is_over(self) -> bool:
         return self._end is not None and time.monotonic() >= self._end
 
     def _step(self) -> bool:
         """Open the backend if need be and deliver one read's worth. Returns whether there is more at once."""
+        self._check()
         if not self._opened:
             self._open()
         if self._lineage is None:
-            self._lineage = Lineage.at(self._reader, self.cursor.offset)
+            self._lineage = self._lineage_here()
         rows = self._tail.read(self.cursor.offset, _READ_ROWS)
         if rows is None:
             rows = self._reader.read(self.cursor.offset, _READ_ROWS)
@@ -176,18 +205,25 @@ class Delivery:
         at_once = len(rows) == _READ_ROWS or self._finishing.is_set()
         return at_once and bool(rows) and self.cursor.offset < self._tail.next_offset
 
+    def _lineage_here(self) -> Lineage:
+        here = self.cursor.offset
+        self.cursor.spans = cut(self.cursor.spans, here)
+        if self._ended and not self._backend.rewinds and here < self._tail.next_offset:
+            self.cursor.spans.append(Span(here, self._tail.next_offset, self._tail.next_offset))
+            self._save()  # before a row is left out because of it
+        return Lineage.at(self._reader, here, self.cursor.spans)
+
     def _open(self) -> None:
         known = BackendIdentity(self.cursor.run_id, self.cursor.location or "") if self.cursor.run_id else None
         identity = self._backend.open(self._run, known)
         self.cursor.run_id, self.cursor.location = identity.run_id, identity.location
         held = self._backend.position()
+        if held is None and known is not None and identity != known:
+            held = -1  # another server, or its run was deleted there: what the cursor counts is not in this one
         if held is not None and held + 1 < self.cursor.offset:
-            log.info(
-                "backend lacks what its client had taken; sending it again",
-                backend=self._backend.name,
-                rows=self.cursor.offset - held - 1,
-            )
-            self.cursor.delivered = max(0, self.cursor.delivered - (self.cursor.offset - held - 1))
+            lacking = self.cursor.offset - held - 1
+            log.info("backend lacks what it had been given; sending it again", backend=self._backend.name, rows=lacking)
+            self.cursor.delivered = max(0, self.cursor.delivered - lacking)
             self.cursor.offset = held + 1
             self._lineage = None
         self._save()
@@ -206,12 +242,17 @@ class Delivery:
             self._advance(rows)
             return
         lineage.go_on(self._reader, rows[0].attempt, rewinds=self._backend.rewinds)
-        for i in range(0, len(rows), self._backend.max_records):
-            part = rows[i : i + self._backend.max_records]
+        begin = 0
+        while begin < len(rows):
+            part = rows[begin : begin + self._most]
             wanted = [row for row in lineage.news(part) if row.kind in self._kinds]
             if wanted:
+                self._check()
                 self._backend.write(wanted)
+                self._patience.succeeded()
+                self._most = min(2 * self._most, self._backend.max_records)
             self._advance(part)
+            begin += len(part)
             if self._is_over():
                 return
 
@@ -219,31 +260,43 @@ class Delivery:
         self.cursor.offset = rows[-1].offset + 1
         self.cursor.delivered += len(rows)
 
-    def _fail(self, error: Exception) -> None:
-        self._failures += 1
+    def _recover(self) -> None:
+        if self._announced:
+            log.info("backend answers again", backend=self._backend.name, failures=self._patience.failures)
+            self._announced = False
+        self._patience.succeeded()
+
+    def _fail(self, error: BaseException) -> None:
         self._opened = False  # the contract: `open` is called again after a failure
-        self.cursor.state = BackendState.FAILING
-        self.cursor.error = str(error) if isinstance(error, BackendError) else f"{type(error).__name__}: {error}"
-        wait = retry_wait(self._failures, getattr(error, "retry_after", None))
-        if self._failures == 1:
-            log.warning(
-                "backend fails; training goes on and it is filled later",
-                backend=self._backend.name,
-                error=self.cursor.error,
-                next_try_seconds=wait,
-            )
+        self.cursor.state, self.cursor.error = BackendState.FAILING, _reason(error)
+        at_end = self._finishing.is_set()
+        wait = self._patience.failed(time.monotonic(), getattr(error, "retry_after", None), at_end=at_end)
+        self._most = max(self._most // 2, min(_LEAST_RECORDS, self._backend.max_records))
+        said = "backend fails; training goes on and it is filled later"
+        if self._announce(said, error=self.cursor.error, next_try_seconds=wait):
             self._save()
-        if self._finishing.is_set():
-            self._failures_at_end += 1
-            left = (self._end or 0.0) - time.monotonic()
-            time.sleep(max(min(wait, left, _LAST_PAUSE_SECONDS), 0.0))
-        else:
+        if not at_end:
             self._finishing.wait(wait)
-            self._down_at_end = True
+        if self._finishing.is_set() and not self._has_given_up():
+            time.sleep(self._patience.last_pause(time.monotonic(), self._left(), failed_at_end=at_end))
+
+    def _announce(self, event: str, **values: Any) -> bool:
+        """Say it once for as long as it lasts. Returns whether it was new."""
+        if self._announced:
+            return False
+        self._announced = True
+        loudly = time.monotonic() - self._warned > _QUIET_SECONDS
+        (log.warning if loudly else log.info)(event, backend=self._backend.name, **values)
+        if loudly:
+            self._warned = time.monotonic()
+        return True
+
+    def _left(self) -> float:
+        """Seconds until the end that `finish` named."""
+        return math.inf if self._end is None else self._end - time.monotonic()
 
     def _has_given_up(self) -> bool:
-        """A backend that was down before the run ended is not waited for as long as one that was up."""
-        return self._down_at_end and self._failures_at_end >= _LAST_TRIES
+        return self._patience.is_exhausted(time.monotonic(), self._left() if self._finishing.is_set() else None)
 
     def _disable(self, error: BackendRefusedError) -> None:
         self._called = None
@@ -251,11 +304,21 @@ class Delivery:
         log.warning("backend disabled: it refuses for good", backend=self._backend.name, error=str(error))
         self._save()
 
+    def _stop(self, error: LeaseLostError) -> None:
+        self._called = None
+        self._lost = True
+        log.info("backend no longer filled by this process", backend=self._backend.name, error=str(error))
+
     def _save(self) -> None:
         """Write the cursor. If the storage does not take it now, that is said once and it is written next time."""
+        if self._lost:
+            return
         try:
+            self._check()
             self.cursor.save(self._directory)
             self._unsaved = False
+        except LeaseLostError:
+            return  # the thread finds it too
         except StorageError as error:
             if not self._unsaved:
                 log.warning("the cursor can't be saved; trying again", backend=self._backend.name, error=str(error))
@@ -263,17 +326,30 @@ class Delivery:
         self._saved = time.monotonic()
 
     def _close(self) -> None:
-        complete = self.cursor.offset >= self._tail.next_offset
+        self._check()
+        self._closings += 1
+        self._backend.flush()
+        self._backend.close(self._status or "interrupted")
+        self._closed = True
+
+    def _conclude(self) -> None:
+        """The thread ends: say whether the backend has everything. One that was not closed may yet lose some of it."""
+        if self._opened and not self._closed:
+            self._called = time.monotonic()
+            try:
+                self._close()
+            except LeaseLostError as error:
+                self._stop(error)
+                return
+            except _FOREIGN as error:
+                self.cursor.error = _reason(error)
+            self._called = None
+        complete = self._closed and self.cursor.offset >= self._tail.next_offset
         if not complete and self.cursor.error is None:
             self.cursor.error = "the run's end did not wait longer for it"
-        try:
-            if self._opened:
-                self._called = time.monotonic()
-                self._backend.flush()
-                self._backend.close(self._status or "interrupted")
-        except Exception as error:  # noqa: BLE001 - as in _work
-            complete = False
-            self.cursor.error = str(error) if isinstance(error, BackendError) else f"{type(error).__name__}: {error}"
-        self._called = None
         self.cursor.state = BackendState.COMPLETE if complete else BackendState.PENDING
         self._save()
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, BackendError) else f"{type(error).__name__}: {error}"

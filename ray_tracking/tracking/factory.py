@@ -23,6 +23,7 @@ _BACKENDS: dict[str, Callable[..., Backend]] = {
     "wandb": WandbBackend,
     "mlflow": MLflowBackend,
 }
+BACKEND_NAMES = tuple(_BACKENDS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
-from ray_tracking.errors import MetricError
+from ray_tracking.errors import LeaseError, MetricError
 from ray_tracking.log import get_logger
 from ray_tracking.records import NUMERIC, Kind
 from ray_tracking.tracking import values
@@ -57,7 +58,7 @@ class Sender:
         *,
         rank: int,
         attempt: int,
-        interval: float = 0.5,
+        interval: float = 1.0,
         memory_limit: int = 64 << 20,
     ) -> None:
         self.rank = rank
@@ -71,6 +72,8 @@ class Sender:
         self._packed = 0
         self._acknowledged = 0
         self._failure: str | None = None
+        self._refused: LeaseError | None = None
+        self._dropped = 0
         self._latest: dict[Any, Any] = {}
         self._last_step: int | None = None
         self._pump_lock = threading.Lock()
@@ -87,22 +90,27 @@ class Sender:
     def metrics_logger(self, clock: Clock, kind: Kind = Kind.SCALAR) -> LogMetrics:
         """The function behind `log_metrics(metrics, step=None)`: the hot path.
 
-        A closure, not a method, and the sum of all values as the test for "plain numbers only": each measured
-        as the fastest way (benchmark P1). If the sum is exactly a float, every value is an immutable number and a
-        copy of the dict is enough; tensors, which training may change in place, are read at once.
+        A closure, not a method, and the sum of all values as the test for "plain numbers only", begun with a float
+        to save its first addition by the slow way: each measured as the fastest (benchmark P1). If the sum is exactly
+        a float, every value is an immutable number and a copy of the dict is enough; tensors, which training may
+        change in place, are read at once.
         """
         append = self._events.append
         now = time.time
         name = kind.value
 
         def log_metrics(metrics: dict[str, Any], step: int | None = None) -> None:
-            at = clock.step if step is None else step
             try:
-                if sum(metrics.values()).__class__ is float and at.__class__ is int:
-                    append((name, at, now(), metrics.copy()))
-                    return
+                if type(sum(metrics.values(), 0.0)) is float:
+                    if step is None:
+                        append((name, clock.step, now(), metrics.copy()))
+                        return
+                    if type(step) is int:
+                        append((name, step, now(), metrics.copy()))
+                        return
             except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError):
                 pass  # not plain numbers: the careful way below says what is wrong, if anything
+            at = clock.step if step is None else step
             if numbers := values.scalars(metrics, defer_gpu=True):
                 append((name, values.step(at), now(), numbers))
 
@@ -113,11 +121,22 @@ class Sender:
         self._events.append((kind.value, values.step(step), time.time(), payload))
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until all that was logged before this call is durable. False if the time ran out."""
+        """Wait until all that was logged before this call is durable. False if the time ran out.
+
+        Raises LeaseError if another process writes the run: then it never will be.
+        """
         self._take()
         target = self._packed
         with self._state:
-            return self._state.wait_for(lambda: self._acknowledged >= target, timeout)
+            done = self._state.wait_for(lambda: self._refused or self._acknowledged >= target, timeout)
+        if self._refused is not None:
+            raise self._refused
+        return bool(done)
+
+    @property
+    def logged(self) -> int:
+        """About how many log calls there were so far: another number after another call."""
+        return self._packed + len(self._events)
 
     def latest(self) -> dict[str, float]:
         """The last value of every metric logged so far."""
@@ -141,13 +160,14 @@ class Sender:
         with self._closing:
             if self._unsent is None:
                 self._pump_ends.set()
-                self.flush(timeout)
+                with suppress(LeaseError):  # said when it came
+                    self.flush(timeout)
                 self._courier_ends.set()
                 with self._state:
                     self._state.notify_all()
                 self._courier.join(1.0)
-                self._unsent = self._outbox.events + len(self._events)
-                if self._unsent:
+                self._unsent = self._outbox.events + len(self._events) + self._dropped
+                if self._unsent and self._refused is None:
                     log.error(
                         "tracking records lost: the tracker did not take them in time",
                         events=self._unsent,
@@ -166,6 +186,9 @@ class Sender:
     def _take(self) -> None:
         """Move what was logged into the outbox, packed."""
         with self._pump_lock:
+            if self._refused is not None:
+                self._dropped += len(self._events)
+                self._events.clear()
             count = len(self._events)
             while count > 0:
                 batch = self._gather(count)
@@ -233,6 +256,9 @@ class Sender:
                         return
                     continue
                 self._deliver(batch)
+            except LeaseError as error:
+                self._give_up(error)
+                return
             except Exception as error:  # noqa: BLE001 - this thread must outlive whatever a transport raises
                 self._failure = str(error) or type(error).__name__
                 if self._courier_ends.is_set():
@@ -245,6 +271,12 @@ class Sender:
             if failures:
                 log.info("the tracker takes records again", tries=failures + 1)
                 failures = 0
+
+    def _give_up(self, error: LeaseError) -> None:
+        log.error("the run is written by another process: what is logged here is not kept", error=str(error))
+        with self._state:
+            self._refused = error
+            self._state.notify_all()
 
     def _deliver(self, batch: Batch) -> None:
         acknowledged = self._transport.append(self.rank, self.attempt, batch.data)

@@ -2,34 +2,37 @@
 
 In: batches and questions through a Transport. Out: a durable journal, `run.json`, `summary.json`, filled backends.
 Runs in the tracker actor or in a child process; every method may be called from several threads at once.
+It writes only while it holds the run's lease: once another process has taken over, calls raise LeaseLostError.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from ray_tracking.config import ExperimentTrackingConfig, section
-from ray_tracking.errors import RayTrackingError, RefusedError, StorageError
+from ray_tracking.errors import LeaseLostError, RayTrackingError, StorageError
 from ray_tracking.journal.reader import JournalReader
 from ray_tracking.journal.writer import JournalWriter
 from ray_tracking.log import bind, get_logger
 from ray_tracking.records import Kind, Record
+from ray_tracking.runs import stopping
 from ray_tracking.runs.record import RunRecord, Status
 from ray_tracking.runs.store import RunStore
 from ray_tracking.runs.summary import Summary
-from ray_tracking.runs.versions import installed_versions
 from ray_tracking.storage import Storage
 from ray_tracking.tracking.backends.base import Backend, RunInfo
 from ray_tracking.tracking.collector import settle
 from ray_tracking.tracking.cursor import BackendState, Cursor
 from ray_tracking.tracking.delivery import Delivery
 from ray_tracking.tracking.factory import create_backends
+from ray_tracking.tracking.hangs import Report, Roll, Verdict
+from ray_tracking.tracking.hold import Hold
 from ray_tracking.tracking.intake import Intake
+from ray_tracking.tracking.recording import RecordKeeper
 from ray_tracking.tracking.reduce import RankReducer, unreduced
 from ray_tracking.tracking.spec import TrackerSpec
 from ray_tracking.tracking.tail import Tail
@@ -41,22 +44,34 @@ _KEEPER_SECONDS = 10.0
 
 
 class TrackerService:
-    """See the module. Raises RefusedError if the run is completed, StorageError if the storage does not take it."""
+    """See the module. Raises RefusedError if the run is completed, LeaseHeldError or LeaseLostError if another process
+    writes it, StorageError if the storage does not take it.
+    """
 
-    def __init__(self, spec: TrackerSpec) -> None:
+    def __init__(self, spec: TrackerSpec, *, alone: bool = True) -> None:
+        """`alone`: in its process, so that all that is logged there is of this run."""
         self.spec = spec
-        bind(run=spec.run_id)
+        self._alone = alone
+        if alone:
+            bind(run=spec.run_id)
         root = Storage.open(spec.storage)
         self._runs = RunStore(root)
         self._directory = self._runs.directory(spec.run_id)
-        self._record = self._load_or_create()
-        attempt = self._record.attempts[-1].number if self._record.attempts else 1
-        self._writer = JournalWriter(self._directory, attempt)
+        self._hold = Hold(self._directory, spec)
+        try:
+            self._start(root)
+        except BaseException:
+            self._hold.release()
+            raise
+
+    def _start(self, root: Storage) -> None:
+        self._records = RecordKeeper(self._runs, self.spec, self._hold)
+        attempts = self._records.record.attempts
+        attempt = attempts[-1].number if attempts else 1
+        self._writer = JournalWriter(self._directory, attempt, term=self._hold.term, check=self._hold.check)
         self._summary = Summary.load(self._directory)
         self._catch_up_summary()
         self._summarising = threading.Lock()
-        self._recording = threading.Lock()
-        self._record_unsaved = False
         self._tail = Tail(self._writer.next_offset)
         self._intake = Intake(self._writer, self._written)
         self._reducer, whole = self._gather_ranks()
@@ -69,7 +84,8 @@ class TrackerService:
         self._progress: dict[str, Any] = {}
         self._stop_requested = False
         self._hopeless: str | None = None
-        self._tracking = section(ExperimentTrackingConfig, spec.tracking)
+        self._roll = Roll()
+        self._tracking = section(ExperimentTrackingConfig, self.spec.tracking)
         self._deliveries, self._unavailable = self._start_deliveries(root)
         self._keeper = threading.Thread(target=self._keep, name="ray-tracking-keeper", daemon=True)
         self._keeper.start()
@@ -78,24 +94,31 @@ class TrackerService:
     # --- attempts -------------------------------------------------------------------------------------------
 
     def give_up(self, message: str) -> None:
-        """What the training function was given can't work: starting the workers again would not help."""
+        """Why the workers are not started again."""
         self._hopeless = message
 
+    def warn(self, message: str) -> None:
+        """A line in the run's log, from a process whose own log nobody sees."""
+        log.warning(message)
+
+    def hear_rank(self, group: str, rank: int, world_size: int, report: Report, limit: float) -> Verdict | None:
+        """What a rank says of its training thread; what is to be done about ranks that hang, by their own `limit`."""
+        return self._roll.hear(group, rank, world_size, report, limit, time.monotonic())
+
     def hopeless(self) -> str | None:
-        """The message of `give_up`, None if nobody has."""
+        """The message of `give_up`, None if nobody has. Raises LeaseLostError if another process writes the run."""
+        self._refuse_if_lost()
         return self._hopeless
 
     def begin_attempt(self, world_size: int) -> int:
         """A worker group has started: its attempt number."""
-        with self._recording:
-            record = self._record.begin_attempt(time.time(), world_size)
-            self._runs.save(record)  # if this raises, no attempt has begun
-            self._record = record
-            number = record.attempts[-1].number
+        record = self._records.commit(lambda record: record.begin_attempt(time.time(), world_size))
+        number = record.attempts[-1].number
         self._left_over.append(self._reducer)
         self._reducer = RankReducer(number, world_size)
         self._writer.begin_attempt(number)
-        bind(attempt=number)
+        if self._alone:
+            bind(attempt=number)
         if number > 1:
             log.info("a new attempt begins", workers=world_size)
         return number
@@ -103,7 +126,7 @@ class TrackerService:
     def end_attempt(self, reason: str) -> None:
         """The workers have failed, for this reason; whether they are started again is not known yet."""
         log.warning("the workers failed", reason=reason)
-        self._change_record(lambda record: record.end_attempt(time.time(), reason))
+        self._records.change(lambda record: record.end_attempt(time.time(), reason))
 
     # --- records --------------------------------------------------------------------------------------------
 
@@ -136,29 +159,27 @@ class TrackerService:
             self._summary.add(rows)
         if any(row.step < reached for row in begun):
             # What earlier attempts logged past that step counts no more: neither as last nor as best.
-            effective = JournalReader(self._directory, strict=False).effective()
+            effective = self._reader().effective()
             with self._summarising:
                 self._summary.replace_metrics(effective)
 
     def _note_resumes(self, begun: list[Record]) -> None:
         for record in begun:
-            self._change_record(partial(RunRecord.resumed, number=record.attempt, step=record.step))
-
-    def _change_record(self, change: Callable[[RunRecord], RunRecord]) -> None:
-        """Change run.json. If the storage does not take it now, the keeper or the run's end writes it."""
-        with self._recording:
-            self._record = change(self._record)
-            try:
-                self._runs.save(self._record)
-                self._record_unsaved = False
-            except StorageError as error:
-                self._record_unsaved = True
-                log.warning("run.json can't be saved; trying again", error=str(error))
+            self._records.change(partial(RunRecord.resumed, number=record.attempt, step=record.step))
 
     # --- what others ask ------------------------------------------------------------------------------------
 
+    def confirm(self) -> None:
+        """Raises LeaseLostError if another process writes the run: then nothing of this one may count any more."""
+        self._hold.check()
+
+    def _refuse_if_lost(self) -> None:
+        if self._hold.lost is not None:
+            raise self._hold.lost
+
     def report_progress(self, progress: dict[str, Any]) -> bool:
         """What rank 0 says of its position, for `status`. Answers whether training should end early."""
+        self._refuse_if_lost()
         self._progress = progress
         return self._stop_requested
 
@@ -202,15 +223,18 @@ class TrackerService:
         """End the run: deliver for at most `final_secs`, compact the journal, write the record.
 
         Returns `{backends: {name: {state, delivered, pending, error}}, next_offset}`. Calling it again changes nothing.
-        Raises StorageError if run.json can't be written: it may be called again then.
+        Raises StorageError if run.json can't be written: it may be called again then. LeaseLostError if another
+        process writes the run: it is not touched then.
         """
         with self._close_lock:
             if not self._closed:
                 self._end_run(Status(status), reason)
                 self._closed = True
+                self._hold.release()
         return self._report()
 
     def _end_run(self, status: Status, reason: str) -> None:
+        self._hold.check()
         end = time.monotonic() + self._tracking.delivery.final_secs
         self._closing.set()
         try:
@@ -225,21 +249,21 @@ class TrackerService:
         try:
             self._writer.compact()
             self._save_summary()
+        except LeaseLostError:
+            raise
         except RayTrackingError as error:
             log.warning("the journal could not be compacted; nothing of it is lost", error=str(error))
-        with self._recording:
-            record = self._record.finish(time.time(), status, reason)
-            self._runs.save(record)
-            self._record = record
+        self._records.commit(lambda record: record.finish(time.time(), status, reason))
 
     def _report(self) -> dict[str, Any]:
         with self._summarising:
-            metrics = self._summary.best(self._record.monitor, self._record.mode)
+            record = self._records.record
+            metrics = self._summary.best(record.monitor, record.mode)
         return {
             "next_offset": self._tail.next_offset,
             "metrics": metrics,
             "last_step": self._summary.last_step,
-            "attempts": len(self._record.attempts),
+            "attempts": len(self._records.record.attempts),
             "refused": self._intake.refused,
             "backends": {
                 cursor.backend: {
@@ -258,22 +282,13 @@ class TrackerService:
     def _cursors(self) -> list[Cursor]:
         return [delivery.state for delivery in self._deliveries] + self._unavailable
 
-    def _load_or_create(self) -> RunRecord:
-        if self._runs.exists(self.spec.run_id):
-            record = self._runs.load(self.spec.run_id)
-            if record.status is Status.COMPLETED:
-                raise RefusedError(
-                    f"The run {record.run_id!r} is completed; its history is not written on.",
-                    hint="Choose another run id, or leave it out for a new one.",
-                )
-            return replace(record, status=Status.RUNNING)
-        record = self.spec.new_record(time.time(), installed_versions())
-        self._runs.save(record)
-        return record
+    def _reader(self) -> JournalReader:
+        """Of what this writer and those before it journaled. A damaged segment must not keep a run from going on."""
+        return JournalReader(self._directory, strict=False, end=lambda: self._writer.next_offset)
 
     def _catch_up_summary(self) -> None:
         """Take in rows that were journaled after the summary was last saved (a killed tracker)."""
-        reader = JournalReader(self._directory, strict=False)  # a damaged segment must not keep a run from going on
+        reader = self._reader()
         while rows := reader.read(self._summary.offset, 50_000):
             self._summary.add(rows)
 
@@ -282,11 +297,12 @@ class TrackerService:
 
         Also the reduced rows that a tracker was killed before it could journal.
         """
-        if not self._record.attempts:
+        attempts = self._records.record.attempts
+        if not attempts:
             return RankReducer(1, 1), []
-        newest = self._record.attempts[-1]
+        newest = attempts[-1]
         reducer = RankReducer(newest.number, newest.world_size)
-        reader = JournalReader(self._directory, strict=False)
+        reader = self._reader()
         return reducer, reducer.add(unreduced(reader, newest.number) if self._writer.next_offset else [])
 
     def _start_deliveries(self, root: Storage) -> tuple[list[Delivery], list[Cursor]]:
@@ -297,12 +313,15 @@ class TrackerService:
             self.spec.tags,
             self.spec.local_dir,
             self._directory.child("artifacts").uri,
+            self._records.record.created,
         )
         deliveries, unavailable = [], []
         for backend in create_backends(self._tracking) if self._tracking.enabled else []:
             if isinstance(backend, Backend):
                 deadline = self._tracking.delivery.deadline_secs
-                delivery = Delivery(backend, info, self._directory, self._tail, deadline=deadline)
+                delivery = Delivery(
+                    backend, info, self._directory, self._tail, deadline=deadline, check=self._hold.check
+                )
                 delivery.start()
                 deliveries.append(delivery)
             else:
@@ -312,28 +331,42 @@ class TrackerService:
                     state=BackendState.UNAVAILABLE,
                     error=f"{backend.reason} {backend.hint}",
                 )
+                self._hold.check()
                 cursor.save(self._directory)
                 unavailable.append(cursor)
         return deliveries, unavailable
 
     def _keep(self) -> None:
-        """Every few seconds: the summary (which is also the sign of life), and merging of small segments."""
+        """Every few seconds: the summary (which is also the sign of life), and merging of small segments.
+
+        Between them it looks whether the run is asked to end early.
+        """
         failed = False
-        while not self._closing.wait(_SUMMARY_SECONDS):
+        look = min(stopping.poll_seconds(self._directory), _SUMMARY_SECONDS)
+        due = time.monotonic() + _SUMMARY_SECONDS
+        while not self._closing.wait(look):
             try:
+                if not self._stop_requested and (asked := stopping.requested(self._directory)):
+                    log.info("asked to stop", by=asked.by)
+                    self.request_stop()
+                if time.monotonic() < due:
+                    continue
+                due = time.monotonic() + _SUMMARY_SECONDS
                 self._save_summary()
-                if self._record_unsaved:
-                    self._change_record(lambda record: record)
+                self._records.repair()
                 for delivery in self._deliveries:
                     delivery.save_if_hanging()
                 self._writer.merge()
                 failed = False
+            except LeaseLostError:
+                return  # said by the hold
             except Exception as error:  # noqa: BLE001 - without its sign of life the run would pass for dead
                 if not failed:
                     log.warning("the run's upkeep failed; trying again", error=f"{type(error).__name__}: {error}")
                 failed = True
 
     def _save_summary(self) -> None:
+        self._hold.check()
         with self._summarising:
             self._summary.updated = time.time()
             document = self._summary.encode()

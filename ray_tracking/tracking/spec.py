@@ -8,6 +8,8 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ray_tracking.config import redact
+from ray_tracking.runs.lease_rules import DEFAULT_SECONDS
 from ray_tracking.runs.record import RunRecord
 from ray_tracking.storage import Storage
 
@@ -33,6 +35,12 @@ class TrackerSpec:
     code_digest: str | None = None
     log_level: str = "info"
     log_json: bool = False
+    lease: str | None = None
+    """The ticket of the driver that owns the run; None: the tracker process becomes the owner itself."""
+    lease_secs: float = DEFAULT_SECONDS
+    """Of a lease that it takes itself: seconds without a sign of life after which others may take over."""
+    patience: float = 0.0
+    """How long it waits for whoever holds that lease."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), default=str)
@@ -50,7 +58,8 @@ class TrackerSpec:
             code_digest=self.code_digest,
             monitor=self.monitor,
             mode=self.mode,
-            config=self.config,
+            # A plain script's config says nothing of its backends: `sync` has to find them here.
+            config={"experiment_tracking": redact(self.tracking), **self.config},
             tags=self.tags,
             versions=versions,
         )

@@ -16,7 +16,10 @@ class Transport(Protocol):
     """Calls block until the tracker has answered. Thread-safe."""
 
     def append(self, rank: int, attempt: int, batch: bytes) -> int:
-        """Journal a batch. Returns the sender's highest durable `seq`. Raises TransportError."""
+        """Journal a batch. Returns the sender's highest durable `seq`. Raises TransportError.
+
+        Raises LeaseError if another process writes the run: that batch and all after it will never be taken.
+        """
         ...
 
     def call(self, method: str, *arguments: Any, timeout: float | None = None) -> Any:

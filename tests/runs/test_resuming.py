@@ -6,7 +6,7 @@ import pytest
 
 from ray_tracking.errors import RefusedError, UsageError
 from ray_tracking.runs.record import Attempt, RunRecord, Status
-from ray_tracking.runs.resuming import changes, check_resumable, hidden_keys, overrides_of
+from ray_tracking.runs.resuming import changes, check_resumable, hidden_keys, is_superseded, overrides_of
 
 
 def record(**fields: Any) -> RunRecord:
@@ -50,3 +50,24 @@ def test_changes_in_words() -> None:
     assert "torch 2.0 is now 2.1" in found
     assert "gone 1 is now not installed" in found
     assert "2 workers are now 4" in found[-1]
+
+
+@pytest.mark.parametrize(
+    ("attempt", "step", "superseded"),
+    [
+        (1, 4, False),
+        (1, 8, False),  # what the second went on from
+        (1, 9, True),
+        (2, 9, False),
+        (2, 20, False),  # the third has not said yet; the fourth went on from it
+        (2, 21, True),
+        (3, 20, False),
+        (3, 21, True),
+        (4, 99, False),
+    ],
+)
+def test_what_lies_past_what_a_later_attempt_went_on_from(attempt: int, step: int, superseded: bool) -> None:
+    resumed = (-1, 8, None, 20)
+    attempts = [Attempt(n, 0.0, 1, resumed_from_step=one) for n, one in enumerate(resumed, 1)]
+    assert is_superseded(attempt, step, attempts) is superseded
+    assert not is_superseded(attempt, step, attempts[:attempt])

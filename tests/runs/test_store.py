@@ -8,7 +8,7 @@ import pytest
 
 from ray_tracking.errors import NameRefusedError, UsageError
 from ray_tracking.runs.record import RunRecord
-from ray_tracking.runs.store import RunStore, check_run_id, default_storage, new_run_id
+from ray_tracking.runs.store import RunStore, check_run_id, default_storage, free_run_id, new_run_id
 from ray_tracking.storage import Storage
 
 
@@ -53,3 +53,39 @@ def test_default_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_storage() == "./runs"
     monkeypatch.setenv("RAY_TRACKING_STORAGE", "s3://bucket/runs")
     assert default_storage() == "s3://bucket/runs"
+
+
+@pytest.mark.parametrize(
+    ("taken", "free"),
+    [
+        ((), "x"),
+        (("y", "x-2"), "x"),
+        (("x",), "x-2"),
+        (("x", "x-2", "x-3"), "x-4"),
+        (("x", "x-3"), "x-2"),
+        (("x", *(f"x-{n}" for n in range(2, 12))), "x-12"),
+    ],
+)
+def test_a_new_run_never_gets_an_id_that_is_taken(taken: tuple[str, ...], free: str) -> None:
+    assert free_run_id("x", set(taken).__contains__) == free
+
+
+def test_an_id_that_becomes_too_long_is_refused() -> None:
+    with pytest.raises(NameRefusedError):
+        free_run_id("x" * 199, {"x" * 199}.__contains__)
+
+
+def test_an_id_is_taken_as_soon_as_a_run_is_begun(tmp_path: Path) -> None:
+    store = RunStore(Storage.open(tmp_path))
+    assert not store.is_taken("a")
+    store.directory("a").write_bytes("lease/000001-0000", b"{}")
+    assert store.is_taken("a")
+    assert not store.exists("a")
+
+
+def test_whether_a_record_is_what_lies_there(tmp_path: Path) -> None:
+    store, record = RunStore(Storage.open(tmp_path)), RunRecord("a", "run", 1.0)
+    assert not store.holds(record)
+    store.save(record)
+    assert store.holds(record)
+    assert not store.holds(RunRecord("a", "run", 2.0))

@@ -24,9 +24,9 @@ def _collector() -> Iterator[None]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Delivery without its second-long pauses; retries after 10 ms."""
     monkeypatch.setattr("ray_tracking.tracking.delivery._PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr("ray_tracking.tracking.delivery._LAST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("ray_tracking.tracking.patience.LAST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr("ray_tracking.tracking.delivery._SAVE_SECONDS", 0.05)
-    monkeypatch.setattr("ray_tracking.tracking.delivery.retry_wait", lambda failures, retry_after: retry_after or 0.01)
+    monkeypatch.setattr("ray_tracking.tracking.patience.retry_wait", lambda failures, retry_after: retry_after or 0.01)
 
 
 @pytest.fixture

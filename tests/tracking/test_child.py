@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from ray_tracking.errors import RefusedError, StorageError
+from ray_tracking.errors import LeaseHeldError, LeaseLostError, RefusedError, StorageError
 from ray_tracking.journal.reader import JournalReader
 from ray_tracking.records import Kind
 from ray_tracking.runs.record import Status
@@ -18,10 +20,13 @@ from ray_tracking.runs.store import RunStore
 from ray_tracking.storage import Storage
 from ray_tracking.tracking import child as child_module
 from ray_tracking.tracking.child import ChildTransport
+from ray_tracking.tracking.cursor import Cursor
 from ray_tracking.tracking.sender import Sender
 from ray_tracking.tracking.spec import TrackerSpec
 from ray_tracking.tracking.transport import TransportError, pack
+from tests.readback import mlflow_points, tensorboard_points
 from tests.tracking.fakes import Clock, wait_until
+from tests.tracking.stale_script import RUN, Tracked
 
 
 def spec(tmp_path: Path, run_id: str = "run-1") -> TrackerSpec:
@@ -195,3 +200,97 @@ def test_processes_are_reaped_and_pipes_closed(tmp_path: Path) -> None:
         assert transport.call("last_step") == 0
     transport.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_second_one_is_refused_by_name_while_the_first_lives_and_after_it_was_killed(tmp_path: Path) -> None:
+    transport = ChildTransport(spec(tmp_path))
+    transport.append(0, transport.call("begin_attempt", 1), batch(1))
+    with pytest.raises(LeaseHeldError, match=f"pid {transport.pid} on") as refused:
+        ChildTransport(spec(tmp_path))
+    assert refused.value.process is not None
+    assert (refused.value.process.pid, refused.value.run, refused.value.epoch) == (transport.pid, "run-1", 1)
+    os.kill(transport.pid, signal.SIGKILL)
+    wait_until(lambda: transport._process.poll() is not None)
+    other = ChildTransport(spec(tmp_path))  # known to be dead: not waited for
+    with pytest.raises(LeaseHeldError, match=f"pid {other.pid} on"):
+        transport._start(transport._spec)
+    other.call("close", "aborted", "done")
+    other.close()
+    assert transport.append(0, 1, batch(1, 2)) == 2, "started again, once the other one has ended"
+    transport.close()
+    assert steps_of(tmp_path) == [1, 2]
+
+
+def test_stopped_for_longer_than_its_lease_it_writes_nothing_when_it_goes_on(tmp_path: Path) -> None:
+    """Two real scripts with their tracker processes: the first is stopped, the second takes over, the first goes on."""
+    command = [sys.executable, "-m", "tests.tracking.stale_script", str(tmp_path), "1.5"]
+    first = subprocess.Popen(
+        command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert first.stdin is not None
+    assert first.stdout is not None
+    stopped: list[int] = []
+    try:
+        said, child = first.stdout.readline().split()
+        assert said == "ready"
+        stopped += [int(child), first.pid]
+        os.kill(int(child), signal.SIGSTOP)
+        first.stdin.write("\n")  # ten steps more, sent to a tracker that is stopped: it has them before it knows
+        time.sleep(1.0)
+        os.kill(first.pid, signal.SIGSTOP)
+        second = taken_over(tmp_path)
+        second.log(range(11, 26), 500.0)
+        assert second.deliver()
+        while stopped:
+            os.kill(stopped.pop(), signal.SIGCONT)
+        output, _ = first.communicate(timeout=60)
+        assert output.splitlines() == [f"LeaseLostError 2 {second.transport.pid}"] * 2 + ["unsent 10"]
+        second.log(range(26, 31), 500.0)
+        assert second.deliver()
+        report = second.transport.call("close", "completed", "done")
+        second.transport.close()
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        first.kill()
+        first.communicate()
+    assert {name: backend["state"] for name, backend in report["backends"].items()} == {
+        "tensorboard": "complete",
+        "mlflow": "complete",
+    }
+    run = Storage.open(tmp_path).child(RUN)
+    record = RunStore(Storage.open(tmp_path)).load(RUN)
+    assert (record.status, [attempt.number for attempt in record.attempts]) == (Status.COMPLETED, [1, 2])
+    expected = [(step, float(step)) for step in range(1, 11)] + [(step, 500.0 + step) for step in range(11, 31)]
+    history = JournalReader(run).effective()
+    losses = [row for row in history.to_pylist() if row["key"] == "loss"]
+    assert [(row["step"], row["value"]) for row in losses] == expected
+    cursors = {cursor.backend: cursor for cursor in Cursor.load_all(run)}
+    shown = {
+        "tensorboard": tensorboard_points(cursors["tensorboard"].location or ""),
+        "mlflow": mlflow_points(cursors["mlflow"].location or "", cursors["mlflow"].run_id or ""),
+    }
+    for name, points in shown.items():
+        for key in ("loss", "speed"):
+            steps = sorted(step for shown_key, step, _ in points if shown_key == key)
+            assert steps == list(range(1, 31)), name
+        assert all(value < 1000 for _, _, value in points), "nothing of what the first logged after it was stopped"
+
+
+def taken_over(tmp_path: Path) -> Tracked:
+    """The lease is held until it has run out; then the second script goes on from a checkpoint of step 10."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return Tracked(str(tmp_path), 1.5, 10)
+        except LeaseHeldError:
+            assert time.monotonic() < end
+            time.sleep(0.2)
+
+
+def test_a_lost_lease_keeps_its_type_over_the_pipe(tmp_path: Path) -> None:
+    error = LeaseLostError("gone", run="run-1", epoch=7, hint="end it")
+    kind, values = child_module._plain(error)
+    again = child_module._error_of(kind, values)
+    assert isinstance(again, LeaseLostError)
+    assert (str(again), again.run, again.epoch, again.process) == ("gone\nend it", "run-1", 7, None)

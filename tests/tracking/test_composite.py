@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ray_tracking import create_tracker
-from ray_tracking.errors import MetricError, NameRefusedError, RefusedError, StorageError, UsageError
+from ray_tracking.errors import LeaseHeldError, MetricError, NameRefusedError, RefusedError, StorageError, UsageError
 from ray_tracking.journal.reader import JournalReader
 from ray_tracking.records import Kind
 from ray_tracking.runs.record import RunRecord
@@ -333,6 +333,22 @@ def test_a_completed_run_is_refused_and_no_process_is_left(tmp_path: Path) -> No
     second.finalize_experiment()
 
 
+def test_two_scripts_on_one_run_id(tmp_path: Path, tracker: CompositeTracker) -> None:
+    tracker.init_experiment("x", run_id="r1")
+    tracker.log_metrics({"loss": 1.0}, step=1)
+    second = create_tracker(OFF, storage=str(tmp_path))
+    with pytest.raises(LeaseHeldError, match=r"'r1' is being written by another process: pid [0-9]+ on"):
+        second.init_experiment("x", run_id="r1")
+    second.init_experiment("x", run_id="r2")
+    second.finalize_experiment()
+    tracker.finalize_experiment("aborted")
+    second.init_experiment("x", run_id="r1")
+    second.log_metrics({"loss": 2.0}, step=2)
+    second.finalize_experiment()
+    assert points_of(tmp_path, "r1") == [("loss", 1, 1.0), ("loss", 2, 2.0)]
+    assert [attempt.number for attempt in record_of(tmp_path).attempts] == [1, 2]
+
+
 def test_an_unwritable_storage_is_said_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     tracker = create_tracker(OFF, storage=str(tmp_path / "file" / "runs"))
@@ -359,7 +375,11 @@ def test_a_broken_backend_is_named_at_the_end(tmp_path: Path, capfd: pytest.Capt
     run_id = tracker.init_experiment("broken")
     for step in range(1, 11):
         tracker.log_metrics({"a": 1.0}, step=step)
-    time.sleep(3.0)  # long enough to have failed once
+    assert tracker._transport is not None
+    end = time.monotonic() + 60
+    while tracker._transport.call("status")["backends"]["mlflow"] != "failing":
+        assert time.monotonic() < end
+        time.sleep(0.2)
     began = time.monotonic()
     tracker.finalize_experiment()
     assert time.monotonic() - began < 15

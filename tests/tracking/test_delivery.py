@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from ray_tracking.errors import BackendError, BackendRefusedError
+from ray_tracking.errors import BackendError, BackendRefusedError, LeaseLostError
 from ray_tracking.records import Kind, Record
 from ray_tracking.tracking.backends.base import RunInfo
 from ray_tracking.tracking.cursor import BackendState, Cursor
-from ray_tracking.tracking.delivery import Delivery, retry_wait
+from ray_tracking.tracking.delivery import Delivery
 from tests.tracking.fakes import FakeBackend, FlakyStorage, Journal, PositionedBackend, shown, wait_until
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -28,13 +28,6 @@ def finish(delivery: Delivery, seconds: float = 10.0) -> Cursor:
     end = time.monotonic() + seconds
     delivery.finish("completed", end)
     return delivery.join(end + 1.0 - time.monotonic())
-
-
-def test_retry_wait_table() -> None:
-    assert [retry_wait(n, None) for n in range(1, 10)] == [1, 2, 4, 8, 16, 32, 60, 60, 60]
-    assert [retry_wait(n, 10.0) for n in (1, 4, 5, 100)] == [10, 10, 16, 60]
-    assert retry_wait(1, 300.0) == 300
-    assert retry_wait(10**6, None) == 60
 
 
 def test_everything_once_while_it_comes_in(journal: Journal) -> None:
@@ -319,3 +312,140 @@ def test_a_damaged_segment_leaves_a_loud_gap(journal: Journal) -> None:
     cursor = finish(deliver(journal, backend))
     assert [record.offset for record in backend.records] == [*range(20), *range(40, 60)]
     assert cursor.offset == 60
+
+
+def test_another_place_is_filled_from_the_beginning(journal: Journal, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another server, or a run that was deleted there: what the cursor counts is not in it."""
+    journal.points(range(10))
+    Cursor("memory", offset=15, delivered=15, run_id="run-1", location="another").save(journal.storage)
+    backend = FakeBackend()
+    cursor = finish(deliver(journal, backend))
+    assert [record.offset for record in backend.records] == list(range(20))
+    assert (cursor.offset, cursor.delivered, cursor.location) == (20, 20, "memory")
+
+
+def test_hanging_and_then_failing_is_said_once(journal: Journal, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every try hangs until the client's own time-out."""
+    journal.points(range(10))
+    backend = FakeBackend(seconds=0.05, broken=BackendError("timed out"))
+    delivery = deliver(journal, backend, deadline=0.01)
+    while len(backend.calls) < 5:
+        delivery.save_if_hanging()
+        time.sleep(0.005)
+    backend.broken = None
+    wait_until(lambda: delivery.cursor.offset == 20)
+    finish(delivery)
+    log = capsys.readouterr().err
+    assert log.count("backend hangs") + log.count("backend fails") == 1
+    assert log.count("backend answers again") == 1
+
+
+def test_at_the_end_a_wait_that_was_asked_for_is_kept(journal: Journal) -> None:
+    journal.points(range(10))
+    backend = FakeBackend(failures=[BackendError("429", retry_after=0.5)])
+    delivery = deliver(journal, backend)
+    wait_until(lambda: delivery.cursor.state is BackendState.FAILING)
+    began = time.monotonic()
+    assert finish(delivery).state is BackendState.COMPLETE
+    assert time.monotonic() - began > 0.3
+    assert backend.calls.count("open") == 2
+    longer = FakeBackend("longer", failures=[BackendError("429", retry_after=60.0)])
+    delivery = deliver(journal, longer)
+    wait_until(lambda: delivery.cursor.state is BackendState.FAILING)
+    began = time.monotonic()
+    assert finish(delivery).state is BackendState.PENDING
+    assert time.monotonic() - began < 5  # there is not as much time: at once
+    assert longer.calls.count("open") == 1
+
+
+def test_closing_is_tried_again(journal: Journal) -> None:
+    journal.points(range(2))
+    backend = FakeBackend()
+    real, failures = backend.close, [OSError("the reply was lost"), OSError("again")]
+
+    def close(status: str) -> None:
+        if failures:
+            raise failures.pop()
+        real(status)
+
+    backend.close = close  # type: ignore[method-assign]
+    cursor = finish(deliver(journal, backend))
+    assert (cursor.state, cursor.error, backend.status) == (BackendState.COMPLETE, None, "completed")
+
+
+def test_what_was_taken_but_could_not_be_flushed_is_not_complete(journal: Journal) -> None:
+    journal.points(range(2))
+    backend = FakeBackend()
+
+    def flush() -> None:
+        raise OSError("no space left on device")
+
+    backend.flush = flush  # type: ignore[method-assign]
+    cursor = finish(deliver(journal, backend), 0.5)
+    assert (cursor.state, cursor.offset) == (BackendState.PENDING, 4)
+    assert cursor.error == "OSError: no space left on device"
+
+
+def test_a_plugin_that_exits_is_isolated(journal: Journal) -> None:
+    journal.points(range(2))
+    delivery = deliver(journal, FakeBackend(broken=SystemExit(1)))
+    wait_until(lambda: delivery.cursor.state is BackendState.FAILING)
+    cursor = finish(delivery)
+    assert (cursor.state, cursor.error) == (BackendState.PENDING, "SystemExit: 1")
+
+
+def test_once_another_process_writes_the_run_nothing_more_is_shown_or_saved(
+    journal: Journal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost: list[LeaseLostError] = []
+
+    def check() -> None:
+        if lost:
+            raise lost[0]
+
+    backend = FakeBackend()
+    delivery = deliver(journal, backend, check=check)
+    journal.points(range(10))
+    wait_until(lambda: delivery.cursor.offset == 20)
+    lost.append(LeaseLostError("another one writes it"))
+    wait_until(lambda: delivery.is_done)
+    Cursor("memory", offset=7).save(journal.storage)  # as that one left it
+    journal.points(range(10, 20))
+    delivery.save_if_hanging()
+    finish(delivery)
+    assert len(shown(backend)) == 20
+    assert backend.status is None
+    assert Cursor.load(journal.storage, "memory").offset == 7
+    assert capsys.readouterr().err.count("no longer filled by this process") == 1
+
+
+def test_one_that_can_take_only_so_much_in_time_gets_less_at_once(journal: Journal) -> None:
+    journal.points(range(500))
+    backend = FakeBackend()
+    real = backend.write
+
+    def write(records: Any) -> None:
+        if len(records) > 150:
+            raise BackendError("timed out")
+        real(records)
+
+    backend.write = write  # type: ignore[method-assign]
+    cursor = finish(deliver(journal, backend), 60)
+    assert (cursor.state, cursor.offset) == (BackendState.COMPLETE, 1000)
+    assert [record.offset for record in backend.records] == list(range(1000))
+    assert max(backend.chunks) <= 150
+
+
+def test_one_that_fails_every_now_and_then_is_warned_of_once_a_minute(
+    journal: Journal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backend = FakeBackend()
+    delivery = deliver(journal, backend)
+    for begin in range(0, 50, 10):
+        backend.failures.append(BackendError("busy"))
+        journal.points(range(begin, begin + 10))
+        wait_until(lambda end=begin + 10: len(shown(backend)) == 2 * end)  # type: ignore[misc]
+    finish(delivery)
+    log = capsys.readouterr().err
+    assert [log.count(f"[{level}") for level in ("warning", "error")] == [1, 0]
+    assert log.count("backend fails") == 5  # the others as information

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_tracking.errors import MetricError, RefusedError
+from ray_tracking.errors import LeaseLostError, MetricError, RefusedError
 from ray_tracking.records import Kind
 from ray_tracking.tracking import sender as sender_module
 from ray_tracking.tracking.sender import Sender
@@ -267,3 +267,30 @@ def test_batches_stay_small_when_events_are_large() -> None:
     assert sender.close() == 0
     assert max(sizes) < 8 << 20
     assert sum(len(event.payload) for event in tracker.events) == 100_020
+
+
+def test_a_run_that_another_process_writes_is_given_up_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    tracker = FakeTracker()
+    sender = make(tracker, memory_limit=1000)
+    log_metrics = sender.metrics_logger(Clock())
+    log_metrics({"loss": 1.0}, 1)
+    assert sender.flush(10)
+    tracker.error = LeaseLostError("the run is written by pid 7 on far", run="r", epoch=2)
+    log_metrics({"loss": 2.0}, 2)
+    with pytest.raises(LeaseLostError, match="pid 7 on far") as lost:
+        sender.flush(30)
+    assert lost.value.epoch == 2
+    calls = tracker.calls
+    for step in range(3, 5000):
+        log_metrics({"loss": 1.0}, step)
+    with pytest.raises(LeaseLostError):
+        sender.flush(30)
+    assert len(sender._events) == 0, "what nobody will take does not pile up"
+    began = time.monotonic()
+    assert sender.close(30.0) == 4998
+    assert time.monotonic() - began < 5
+    assert tracker.calls == calls, "not tried again"
+    assert [event.step for event in tracker.events] == [1]
+    said = capfd.readouterr().err
+    assert said.count("written by another process") == 1
+    assert "records lost" not in said

@@ -16,6 +16,7 @@ import pytest
 from ray_tracking.errors import RefusedError, StorageError
 from ray_tracking.journal.reader import JournalReader
 from ray_tracking.records import Kind, Record
+from ray_tracking.runs import stopping
 from ray_tracking.runs.record import Status
 from ray_tracking.runs.store import RunStore
 from ray_tracking.runs.summary import Summary
@@ -40,11 +41,15 @@ def closing() -> Iterator[list[TrackerService]]:
         service._closing.set()
         for delivery in service._deliveries:
             delivery.finish("interrupted", 0.0)
+        service._hold.release()
 
 
 @pytest.fixture
 def start(tmp_path: Path, closing: list[TrackerService]) -> Any:
     def start(tracking: dict[str, Any] | None = None, run_id: str = "run-1") -> TrackerService:
+        for earlier in closing:
+            if earlier.spec.run_id == run_id:
+                earlier._hold.release()  # one that was killed is known to be dead; in this process it is not
         spec = TrackerSpec(run_id, "run", str(tmp_path), str(tmp_path), tracking=tracking or {"enabled": False})
         closing.append(TrackerService(spec))
         return closing[-1]
@@ -439,3 +444,14 @@ def test_a_new_attempt_reduces_what_the_one_before_left(
         expected_over_ranks(range(2, 5), 1.0, 1.0, 1.0) + expected_over_ranks(range(5, 9), 3.0, 3.0, 3.0)
     )
     assert sorted(shown(backend)) == found
+
+
+def test_a_request_to_stop_reaches_the_workers(start: Any, tmp_path: Path) -> None:
+    service = start()
+    attempt = service.begin_attempt(1)
+    assert attempt == 1
+    assert service.report_progress({"step": 1}) is False
+    stopping.request(Storage.open(tmp_path).child("run-1"))
+    wait_until(lambda: service.report_progress({"step": 2}), 10.0)
+    again = start()  # a tracker that is restarted meanwhile learns of it too
+    wait_until(lambda: again.report_progress({"step": 3}), 10.0)

@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any, ClassVar
 
 from ray_tracking.records import Kind, Record
+from ray_tracking.runs.store import sweep_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,15 @@ class RunInfo:
     """A local directory that outlives the run, for backends that write files (`<storage>` itself if it is local)."""
     artifacts: str = ""
     """URI of the run's `artifacts/` folder, where ARTIFACT records' paths lie."""
+    started: float | None = None
+    """Unix time; None: now."""
+    ended: float | None = None
+    """Unix time, if the run had ended before it is shown here; None: when `close` is called."""
+
+    @property
+    def sweep(self) -> str | None:
+        """Run id of the sweep that the run is a trial of, None for any other run."""
+        return sweep_of(self.run_id)
 
 
 @dataclass(frozen=True, slots=True)

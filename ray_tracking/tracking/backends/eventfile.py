@@ -6,6 +6,7 @@ a session-log event that TensorBoard ignores, with the journal offset up to whic
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -21,7 +22,8 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.plugins.hparams import metadata as hparams_metadata
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionStartInfo
+from tensorboard.plugins.hparams.api_pb2 import Status
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 from tensorboard.plugins.text import metadata as text_metadata
 
 from ray_tracking.tracking.backends.crc import masked_crc32c
@@ -49,7 +51,12 @@ class EventFile:
                 source_metadata=SourceMetadata(writer=_WRITER),
             )
         )
-        self._append()
+        try:
+            self._append()
+        except OSError:  # a full disk, tried again and again: leave neither an open nor an empty file each time
+            self.close()
+            os.unlink(path)
+            raise
 
     @classmethod
     def create(cls, folder: str, *, suffix: str = "") -> EventFile:
@@ -71,7 +78,12 @@ class EventFile:
             self._put(self._event)
 
     def commit(self, offset: int) -> None:
-        """Append what was added since the last commit; `offset`, if not negative, is what the file is filled up to."""
+        """Append what was added since the last commit; `offset`, if not negative, is what the file is filled up to.
+
+        Raises OSError if the file can't be written, or is not in its place any more: it would reach nobody.
+        """
+        if not os.path.samestat(os.stat(self.path), os.fstat(self._handle)):
+            raise FileNotFoundError(errno.ENOENT, "another file is in its place", self.path)
         if offset >= 0:
             self._put(Event(session_log=SessionLog(status=SessionLog.CHECKPOINT, msg=f"{_MARK}{offset}")))
         self._append()
@@ -191,3 +203,11 @@ def add_hparams(summary: Any, params: Mapping[str, Any], *, group: str, started:
             info.hparams[key].string_value = str(value).encode("utf-8", "backslashreplace").decode()
     metadata: SummaryMetadata = hparams_metadata.create_summary_metadata(HParamsPluginData(session_start_info=info))
     summary.value.add(tag=hparams_metadata.SESSION_START_INFO_TAG, metadata=metadata, tensor=_NOTHING)
+
+
+def add_hparams_end(summary: Any, status: str, ended: float) -> None:
+    """How the run of `add_hparams` ended: `status` is completed, failed, aborted or interrupted."""
+    shown = {"completed": Status.STATUS_SUCCESS, "failed": Status.STATUS_FAILURE}.get(status, Status.STATUS_UNKNOWN)
+    info = SessionEndInfo(status=shown, end_time_secs=ended)
+    metadata: SummaryMetadata = hparams_metadata.create_summary_metadata(HParamsPluginData(session_end_info=info))
+    summary.value.add(tag=hparams_metadata.SESSION_END_INFO_TAG, metadata=metadata, tensor=_NOTHING)

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ray_tracking.errors import BackendRefusedError
+from ray_tracking.errors import BackendError, BackendRefusedError
 from ray_tracking.log import get_logger
 from ray_tracking.records import Artifact, Kind, Record
 from ray_tracking.tracking.backends.base import Backend, BackendIdentity, RunInfo
 from ray_tracking.tracking.backends.media import artifact_file, param_of, param_text, storable, text_of
-from ray_tracking.tracking.backends.mlflow_errors import answers, without_login
+from ray_tracking.tracking.backends.mlflow_database import create_database
+from ray_tracking.tracking.backends.mlflow_errors import answers, keep_answers, without_login
 from ray_tracking.tracking.backends.mlflow_names import PARAM_LIMIT, TAG_LIMIT, Names, path_name
 from ray_tracking.tracking.backends.mlflow_sql import Metric, SqlMetrics
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 log = get_logger()
 
 _RUN_TAG = "ray_tracking.run_id"
+_PARENT_TAG = "mlflow.parentRunId"
 _STATUS = {"completed": "FINISHED", "failed": "FAILED"}  # all others: KILLED
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # its pages open on runs, not on LLM traces
 _DEFAULTS = {
@@ -61,6 +63,7 @@ class MLflowBackend(Backend):
         self._sql: SqlMetrics | None = None
         self._run_id = ""
         self._artifacts = ""
+        self._ended: float | None = None
         self._names = Names()
         self._params: dict[str, str] = {}
         self._last: dict[str, tuple[int, int]] = {}
@@ -81,17 +84,19 @@ class MLflowBackend(Backend):
             os.makedirs(local, exist_ok=True)
             uri = f"sqlite:///{local}/mlflow.db"
             artifact_location = f"{local}/mlflow-artifacts"
+        keep_answers()
         with answers(uri):
+            if artifact_location is not None:
+                create_database(f"{local}/mlflow.db", artifact_location)
             self._client = MlflowClient(uri)
             self._sql = SqlMetrics.of(self._client)
             found = self._find(run, identity, artifact_location)
             self._run_id = found.info.run_id
             if found.info.status != "RUNNING":
                 self._client.update_run(self._run_id, status="RUNNING")
-        self._artifacts = run.artifacts
+        self._artifacts, self._ended = run.artifacts, run.ended
         self._params = dict(found.data.params)
         self._names = Names(found.data.metrics, found.data.tags, folds_case=not uri.startswith("sqlite:"))
-        self._last = {}
         return BackendIdentity(self._run_id, without_login(uri))
 
     def _find(self, run: RunInfo, identity: BackendIdentity | None, artifact_location: str | None) -> Any:
@@ -99,19 +104,38 @@ class MLflowBackend(Backend):
         experiment = self._experiment(self._experiment_name or run.name, artifact_location)
         if identity is not None and (known := self._get(identity.run_id)):
             return known
-        tag = run.run_id.replace("'", "''")
-        matching = self._client.search_runs([experiment], f"tags.`{_RUN_TAG}` = '{tag}'", max_results=1)
-        if matching:
-            return self._client.get_run(matching[0].info.run_id)
+        if matching := self._search(experiment, run.run_id):
+            return self._client.get_run(matching)
+        own_tags = {_RUN_TAG: run.run_id}
+        if run.sweep is not None:
+            own_tags[_PARENT_TAG] = self._parent(experiment, run.sweep)
         tags = {key: storable(value, TAG_LIMIT) for key, value in run.tags.items()}
         made = self._client.create_run(
-            experiment, tags={_RUN_TAG: run.run_id}, run_name=storable(run.name or run.run_id, 250)
+            experiment,
+            start_time=None if run.started is None else int(run.started * 1000),
+            tags=own_tags,
+            run_name=storable(run.name or run.run_id, 250),
         )
         self._run_id = made.info.run_id
         self._log([], {}, tags)
         if run.config:
             self._client.log_dict(self._run_id, dict(run.config), "config.json")
         return self._client.get_run(self._run_id)
+
+    def _search(self, experiment: str, run_id: str) -> str | None:
+        """MLflow's id of a run of ours."""
+        tag = run_id.replace("'", "''")
+        matching = self._client.search_runs([experiment], f"tags.`{_RUN_TAG}` = '{tag}'", max_results=1)
+        return str(matching[0].info.run_id) if matching else None
+
+    def _parent(self, experiment: str, sweep: str) -> str:
+        found = self._search(experiment, sweep)
+        if found is None:
+            raise BackendError(
+                f"MLflow: the sweep {sweep!r}, of which this run is a trial, is not there yet.",
+                hint=f"It comes with the sweep's own records; if not: ray-tracking sync {sweep}",
+            )
+        return found
 
     def _get(self, run_id: str) -> Any:
         from mlflow.exceptions import MlflowException
@@ -241,5 +265,6 @@ class MLflowBackend(Backend):
     def close(self, status: str) -> None:
         if not self._run_id:
             return
+        ended = time.time() if self._ended is None else self._ended
         with answers(self._client.tracking_uri):
-            self._client.set_terminated(self._run_id, _STATUS.get(status, "KILLED"), end_time=int(time.time() * 1000))
+            self._client.set_terminated(self._run_id, _STATUS.get(status, "KILLED"), end_time=int(ended * 1000))

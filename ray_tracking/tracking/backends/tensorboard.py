@@ -25,7 +25,8 @@ _ROLL_BYTES = 16 << 20  # a remote file is uploaded whole, so it is kept small
 
 
 class TensorBoardBackend(Backend):
-    """Event files in `<log_dir>/<run id>` (default: below the run's local directory); no torch, no tensorflow.
+    """Event files in `<log_dir>/<run id>` (default: below the run's local directory), a trial's in its sweep's folder
+    there; no torch, no tensorflow.
 
     Scalars are 32-bit floats there, as TensorBoard's own writers make them. `update_freq` is how many steps are
     gathered before they are written, `flush_secs` how often what was written is forced to disk (or uploaded, if
@@ -58,7 +59,8 @@ class TensorBoardBackend(Backend):
         from ray_tracking.tracking.backends.eventfile import EventFile, last_offset
 
         if self._file is not None:
-            self._file.close()
+            open_file, self._file = self._file, None
+            open_file.close()
         self._folder, self._remote = self._places(run)
         self._run_id = run.run_id
         self._waiting = []
@@ -75,13 +77,14 @@ class TensorBoardBackend(Backend):
 
     def _places(self, run: RunInfo) -> tuple[str, Storage | None]:
         """Where the event files are written, and the storage they are uploaded to if `log_dir` is a URI."""
+        parts = (run.run_id,) if run.sweep is None else (run.sweep, run.run_id)
         if self._log_dir and "://" in self._log_dir:
-            remote = Storage.open(self._log_dir)
+            remote = Storage.open(self._log_dir).child(*parts)
             if not remote.is_local:
-                return os.path.join(run.local_dir, "tensorboard", run.run_id), remote.child(run.run_id)
-            return remote.path(run.run_id), None
+                return os.path.join(run.local_dir, "tensorboard", *parts), remote
+            return remote.path(), None
         base = self._log_dir or os.path.join(run.local_dir, "tensorboard")
-        return os.path.abspath(os.path.join(os.path.expanduser(base), run.run_id)), None
+        return os.path.abspath(os.path.join(os.path.expanduser(base), *parts)), None
 
     def position(self) -> int | None:
         return self._position
@@ -181,9 +184,26 @@ class TensorBoardBackend(Backend):
     def close(self, status: str) -> None:
         if self._file is None:
             return
+        self._write_waiting()
+        if self._params:
+            self._end_session(self._file, status)
         self.flush()
         self._file.close()
         self._file = None
+
+    def _end_session(self, file: EventFile, status: str) -> None:
+        """The run's status in the HPARAMS tab."""
+        from ray_tracking.tracking.backends.eventfile import add_hparams_end
+
+        now = time.time()
+        summary = file.summary(_TIMELESS, now)
+        add_hparams_end(summary, status, now)
+        try:
+            file.add(summary)
+            file.commit(-1)
+        except OSError as error:
+            file.drop()
+            raise _unwritable(self._folder, error) from error
 
     def _opened(self) -> EventFile:
         if self._file is None:

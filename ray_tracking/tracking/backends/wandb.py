@@ -21,6 +21,7 @@ from ray_tracking.tracking.backends.base import Backend, BackendIdentity, RunInf
 from ray_tracking.tracking.backends.media import artifact_file, param_of, png_shape, storable, text_of
 from ray_tracking.tracking.backends.names import fitting
 from ray_tracking.tracking.backends.wandb_errors import answers, check_login, forget_service
+from ray_tracking.tracking.backends.wandb_file import FileWatch, check_writable, stopped
 from ray_tracking.tracking.backends.wandb_rows import COMPANION, OFFSET, Rows, held_offset
 from ray_tracking.tracking.backends.wandb_stream import Row, Stream, is_plain
 
@@ -62,6 +63,8 @@ class WandbBackend(Backend):
         self._rows = Rows()
         self._waiting: Row | None = None
         self._held = -1
+        self._sent = -1
+        self._watch: FileWatch | None = None
         self._files: tuple[str, str] | None = None
         self._position: int | None = None
         self._companions: set[str] = set()
@@ -79,12 +82,12 @@ class WandbBackend(Backend):
 
         run_id = fitting(run.run_id, replace=_RUN_ID_REFUSED, limit=64)
         folder = os.path.join(os.path.abspath(run.local_dir), "wandb")
-        os.makedirs(folder, exist_ok=True)
         if self._mode == "online":
             check_login(wandb)
         if self._run is not None:  # still up: only the call failed that made delivery open it again
             self._position = self._held
             return BackendIdentity(run_id, folder)
+        check_writable(folder)
         self._position = held_offset(folder, run_id) if self._mode == "offline" else None
         self._artifacts, self._run_tags, self._companions = run.artifacts, dict(run.tags), set()
         with answers():
@@ -93,6 +96,8 @@ class WandbBackend(Backend):
                 name=run.name,
                 project=self._project or fitting(run.name, replace=_RUN_ID_REFUSED, limit=128),
                 entity=self._entity,
+                group=run.sweep,
+                job_type="trial" if run.sweep else None,
                 tags=self._shown_tags(),
                 config=dict(run.config),
                 mode=self._mode,  # type: ignore[arg-type]  # the config allows these only
@@ -105,6 +110,7 @@ class WandbBackend(Backend):
             self._position = _as_offset(self._run.summary.get(OFFSET))
         self._held = -1 if self._position is None else self._position
         self._files = (folder, run_id) if self._mode == "offline" else None
+        self._watch, self._sent = FileWatch(*self._files) if self._files else None, -1
         self._rows, self._waiting = Rows(self._run.step - 1), None
         self._stream = Stream.of(self._run)
         return BackendIdentity(run_id, folder)
@@ -155,6 +161,16 @@ class WandbBackend(Backend):
                     self._run.log(row, step=position, commit=True)
                     self._reached(position, row)
                     self._waiting = None
+        if rows:
+            self._sent = self._held
+
+    def flush(self) -> None:
+        """Look whether what was sent is written. If not, the next `open` begins another file."""
+        if self._watch is not None and self._files is not None and not self._watch.is_written(self._sent):
+            with self._calls():
+                self._run.finish(exit_code=1)
+            self._run = self._watch = None
+            raise stopped(self._files[0])
 
     def _reached(self, position: int, row: dict[str, Any]) -> None:
         self._rows = self._rows.reached(position, row)

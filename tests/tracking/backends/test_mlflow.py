@@ -51,6 +51,17 @@ def test_2500_metrics_sent_twice_stand_once(run: RunInfo) -> None:
     assert found.info.artifact_uri.startswith(f"{run.local_dir}/mlflow-artifacts/")
 
 
+def test_a_trial_is_shown_below_its_sweep_as_soon_as_that_is_there(run: RunInfo) -> None:
+    trial = MLflowBackend(experiment_name=run.name)
+    of_trial = replace(run, run_id=f"{run.run_id}.trial-003")
+    with pytest.raises(BackendError, match="is not there yet"):
+        trial.open(of_trial, None)
+    sweep = MLflowBackend(experiment_name=run.name).open(run, None)
+    identity = trial.open(of_trial, None)
+    assert mlflow_run(identity.location, identity.run_id).data.tags["mlflow.parentRunId"] == sweep.run_id
+    assert "mlflow.parentRunId" not in mlflow_run(sweep.location, sweep.run_id).data.tags
+
+
 def test_odd_values_and_repeats(run: RunInfo) -> None:
     points = [
         ("a", 1, math.nan),
@@ -221,8 +232,7 @@ def test_what_a_server_answers(run: RunInfo, status: int, refused: bool) -> None
         server.shutdown()
         server.server_close()
     assert isinstance(raised.value, BackendRefusedError) is refused
-    if status == 429:
-        assert raised.value.retry_after
+    assert raised.value.retry_after == (None if refused else 17.0)
     if refused:
         assert "MLFLOW_TRACKING_USERNAME" in str(raised.value)
 

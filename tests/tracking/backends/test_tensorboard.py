@@ -157,6 +157,30 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, run_info: RunInfo) -> N
         TensorBoardBackend(log_dir=str(tmp_path / "file")).open(run_info, None)
 
 
+@pytest.mark.parametrize("returns", [True, False])
+def test_a_folder_that_is_moved_away_is_noticed_and_what_it_lacks_is_asked_for(
+    tmp_path: Path, run_info: RunInfo, returns: bool
+) -> None:
+    backend = TensorBoardBackend()
+    identity = backend.open(run_info, None)
+    backend.write(scalars(grid(range(1, 6))))
+    folder = Path(identity.location)
+    folder.rename(tmp_path / "aside")
+    folder.touch()
+    with pytest.raises(BackendError, match="log_dir"):
+        backend.write(scalars(grid(range(6, 11)), offset=15))
+    with pytest.raises(BackendError, match="log_dir"):
+        backend.open(run_info, identity)
+    folder.unlink()
+    if returns:
+        (tmp_path / "aside").rename(folder)
+    backend.open(run_info, identity)
+    assert backend.position() == (14 if returns else -1)
+    backend.write(scalars(grid(range(1, 11))))
+    backend.close("completed")
+    assert comparable(tensorboard_points(folder)) == comparable(grid(range(1, 11)), single=True)
+
+
 def test_a_full_disk_leaves_no_half_event(run_info: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = TensorBoardBackend()
     folder = backend.open(run_info, None).location
