@@ -1,6 +1,6 @@
-"""Progress over bytes: a bar on a terminal, a plain line every ten seconds elsewhere. On stderr.
+"""Progress over bytes or things: a bar on a terminal, a plain line every ten seconds elsewhere. On stderr.
 
-In: how many bytes there will be, and each piece as it is done. Out: text. For one thread.
+In: how many there will be, and each piece as it is done. Out: text. For one thread.
 """
 
 from __future__ import annotations
@@ -17,13 +17,20 @@ PLAIN_SECONDS = 10.0
 
 
 class Bar:
-    """Shown between `with` and its end, and gone then: what was done is said by others."""
+    """Shown between `with` and its end, and gone then: what was done is said by others. `unit`: None for bytes."""
 
     def __init__(
-        self, title: str, total: int, *, live: bool | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        title: str,
+        total: int,
+        *,
+        unit: str | None = None,
+        live: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._title = printable(title)
         self._total = total
+        self._unit = unit
         self._live = sys.stderr.isatty() if live is None else live
         self._clock = clock
         self._done = 0
@@ -33,12 +40,20 @@ class Bar:
 
     def __enter__(self) -> Bar:
         if self._live:
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-            from rich.progress import TransferSpeedColumn as Speed
+            from rich import progress as parts
 
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn())
+            columns = (
+                parts.TextColumn("{task.description}"),
+                parts.BarColumn(),
+                *(
+                    (parts.DownloadColumn(), parts.TransferSpeedColumn())
+                    if self._unit is None
+                    else (parts.MofNCompleteColumn(), parts.TextColumn(self._unit))
+                ),
+                parts.TimeRemainingColumn(),
+            )
             # rich would also send stdout to the terminal, and leave nothing for the file it may be meant for
-            self._progress = Progress(
+            self._progress = parts.Progress(
                 *columns, console=console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
             )
             self._task = self._progress.add_task(self._title, total=self._total)
@@ -62,11 +77,20 @@ class Bar:
             print(printable(line), flush=True)  # noqa: T201
 
     def advance(self, count: int) -> None:
-        """So many more bytes are done."""
-        self._done += count
+        """So many more are done."""
+        self.reach(self._done + count, self._total)
+
+    def reach(self, done: int, total: int) -> None:
+        """So many of so many are done."""
+        self._done, self._total = done, total
         if self._progress is not None:
-            self._progress.advance(self._task, count)
+            self._progress.update(self._task, completed=done, total=total)
         elif not self._live and self._clock() - self._printed >= PLAIN_SECONDS:
             self._printed = self._clock()
             share = f" ({100 * self._done // self._total} %)" if self._total else ""
-            print(f"{self._title}  {size(self._done)} of {size(self._total)}{share}", file=sys.stderr, flush=True)  # noqa: T201
+            print(f"{self._title}  {self._shown()}{share}", file=sys.stderr, flush=True)  # noqa: T201
+
+    def _shown(self) -> str:
+        if self._unit is None:
+            return f"{size(self._done)} of {size(self._total)}"
+        return f"{self._done} of {self._total} {self._unit}"

@@ -45,3 +45,27 @@ def test_a_terminal_has_a_bar_that_goes_away_and_takes_nothing_from_stdout(
     assert "Writing m.pt" in terminal.getvalue()
     assert "1.0/2.0 MB" in terminal.getvalue()
     assert terminal.getvalue().endswith("\x1b[2K")
+
+
+def test_things_instead_of_bytes_and_a_total_that_changes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    with Bar("Syncing", 0, unit="records", live=False, clock=lambda: now[0]) as bar:
+        for second, done in ((5.0, 10), (11.0, 20)):
+            now[0] = second
+            bar.reach(done, 4000)
+    assert capsys.readouterr().err == "Syncing  20 of 4000 records (0 %)\n"
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with Bar("Syncing", 0, unit="records") as bar:
+        bar.reach(1500, 4000)
+    assert "1500/4000" in terminal.getvalue()
+    assert " records" in terminal.getvalue()
