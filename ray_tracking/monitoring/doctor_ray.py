@@ -17,19 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ray_tracking.errors import UsageError
 from ray_tracking.monitoring.findings import Finding, ok, problem, warning
 from ray_tracking.monitoring.web import ask
+from ray_tracking.runtime.jobs.access import ADDRESS_VARIABLES, TOKEN_FIX, find_token
 
 CONNECT_SECONDS = 2.0
 ANSWER_SECONDS = 20.0
-_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _CURRENT_CLUSTER = "/tmp/ray/ray_current_cluster"
 _LOCAL = ("local", "")
 _OPEN_FIX = "Start the cluster with RAY_AUTH_MODE=token: without it whoever reaches it runs code there."
-_TOKEN_FIX = (
-    "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token "
-    "(default: ~/.ray/auth_token, chmod 600)."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +38,7 @@ class RayView:
 
 def address_in_use(given: str | None, environment: Mapping[str, str]) -> str | None:
     """`--address`, else what Ray's own variables say, else None."""
-    return given or next((environment[name] for name in _ADDRESS_VARIABLES if environment.get(name)), None)
+    return given or next((environment[name] for name in ADDRESS_VARIABLES if environment.get(name)), None)
 
 
 def ray_findings(address: str | None) -> tuple[list[Finding], RayView]:
@@ -95,7 +92,7 @@ def _ask_cluster(address: str) -> tuple[list[Finding], RayView]:
         return [problem("ray cluster", f"{address} gave no answer within {ANSWER_SECONDS:.0f} s", fix)], RayView()
     if code != 0:
         if "AuthenticationError" in said:
-            return [problem("ray login", f"{address} refuses our token, or we have none", _TOKEN_FIX)], RayView()
+            return [problem("ray login", f"{address} refuses our token, or we have none", TOKEN_FIX)], RayView()
         fix = f"Try `ray status --address {address}`; Ray here and there must be of the same version."
         return [problem("ray cluster", f"{address} can't be asked: {_reason(said)}", fix)], RayView()
     nodes = count_nodes(said)
@@ -159,15 +156,11 @@ def _jobs_server(address: str) -> list[Finding]:
     status = ask(url, {"Authorization": f"Bearer {token}"})[0] if token else status
     if status is not None and status < 400:
         return [ok("ray cluster", f"{address} answers"), ok("ray login", "by token")]
-    return [problem("ray login", f"{address} refuses our token, or we have none", _TOKEN_FIX)]
+    return [problem("ray login", f"{address} refuses our token, or we have none", TOKEN_FIX)]
 
 
 def _token() -> str | None:
-    """Where Ray looks for it, in its order."""
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return token.strip()
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     try:
-        return file.read_text().strip() or None
-    except OSError:
+        return find_token(os.environ).value
+    except UsageError:  # a file that is not there
         return None

@@ -50,12 +50,7 @@ def load_target(target: str) -> LoadedTarget:
     """Load and check TARGET. Raises UsageError: no such file, module or function, not callable,
     wrong arguments,
     or the user's own error while importing, with the line of their file."""
-    place, colon, function_name = target.rpartition(":")
-    if not colon or not place or not function_name:
-        raise UsageError(f"The target {target!r} does not say which function to run.", hint=_form_hint(target))
-    if not function_name.isidentifier():
-        raise UsageError(f"{function_name!r} in the target {target!r} is no function's name.", hint=_FORMS)
-    by_path = place.endswith(".py") or "/" in place or os.sep in place
+    place, function_name, by_path = split_target(target)
     source = _existing_file(place, target) if by_path else _module_source(place, target)
     digest = ""
     if source is not None:
@@ -65,6 +60,42 @@ def load_target(target: str) -> LoadedTarget:
     module = _import_file(source) if by_path and source is not None else _import_module(place, source)
     function = _function(module, function_name, place)
     return LoadedTarget(function, target, source, digest, module, by_path)
+
+
+def split_target(target: str) -> tuple[str, str, bool]:
+    """Module or file, function, and whether the first is a file. Raises UsageError if it has neither form."""
+    place, colon, function_name = target.rpartition(":")
+    if not colon or not place or not function_name:
+        raise UsageError(f"The target {target!r} does not say which function to run.", hint=_form_hint(target))
+    if not function_name.isidentifier():
+        raise UsageError(f"{function_name!r} in the target {target!r} is no function's name.", hint=_FORMS)
+    return place, function_name, place.endswith(".py") or "/" in place or os.sep in place
+
+
+def find_target(target: str) -> Path | None:
+    """The file of TARGET, looked into but not run, for another machine to load. Raises UsageError as `load_target`.
+
+    None: a module that is not below the working directory, and so must be installed there.
+    """
+    place, function_name, by_path = split_target(target)
+    source = _existing_file(place, target) if by_path else _module_here(place, target)
+    if source is not None:
+        _check_source(source.read_bytes(), source, function_name)
+    return source
+
+
+def _module_here(place: str, target: str) -> Path | None:
+    parts = place.split(".")
+    if not all(part.isidentifier() for part in parts):
+        raise UsageError(f"{place!r} in the target {target!r} is neither a module's name nor a file.", hint=_FORMS)
+    file = Path.cwd().joinpath(*parts)
+    for candidate in (file.with_suffix(".py"), file / "__init__.py"):
+        if candidate.is_file():
+            return candidate.resolve()
+    top = Path(parts[0])
+    if top.is_dir() or top.with_suffix(".py").is_file():
+        raise UsageError(f"There is no module {place!r} in {Path.cwd()}.", hint="Check the spelling, or name the file.")
+    return None
 
 
 def ship_by_value(loaded: LoadedTarget) -> None:

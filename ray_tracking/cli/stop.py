@@ -1,0 +1,133 @@
+"""`ray-tracking stop RUN`: ends a run in order, with all its records and a last checkpoint."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ray_tracking.cli.joining import KnownAddress, Located, connect, locate
+from ray_tracking.cli.options import ConfigFile, Debug, Environment, Run, StorageUri
+
+if TYPE_CHECKING:
+    from ray_tracking.runs.store import RunStore
+    from ray_tracking.runtime.jobs.noted import NotedJob
+
+_POLL_SECONDS = 0.5
+_REMOTE_SECONDS = 2.0
+_SAY_SECONDS = 10.0
+_JOB_SECONDS = 20.0
+
+
+def stop(
+    run: Run = "latest",
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0, metavar="SECONDS", help="How long to wait for its last checkpoint.")
+    ] = 120.0,
+    now: Annotated[bool, typer.Option("--now", help="End its job at once, without a last checkpoint.")] = False,
+    storage: StorageUri = None,
+    config: ConfigFile = None,
+    env: Environment = None,
+    address: KnownAddress = None,
+    debug: Debug = False,
+) -> None:
+    """End a run in order, with a last checkpoint.
+
+    It is `aborted` then, and can be resumed. The request is a file in the run's directory, so it works from wherever
+    the storage can be written. A submitted run that does not end within --timeout has its job stopped.
+    """
+    found = locate(run, storage, config, env, address)
+    if found.store is None or now:
+        _stop_job(found, "at once" if now else "at once, for its storage can't be seen from here")
+        return
+    if not _is_running(found.store, found.run_id):
+        return
+    _ask(found.store, found.run_id)
+    if _wait(found.store, found.run_id, timeout):
+        return
+    if found.newest is None:
+        from ray_tracking.errors import RunFailedError
+
+        raise RunFailedError(
+            f"The run {found.run_id} has not ended within {timeout:.0f} s; it is still asked to.",
+            hint="A step may take longer than that: wait with another `stop`. To end it without a last checkpoint, "
+            "interrupt it where it was started (Ctrl-C, SIGTERM).",
+        )
+    _stop_job(found, f"because the run did not end within {timeout:.0f} s")
+
+
+def _is_running(store: RunStore, run_id: str) -> bool:
+    """Says so if it is not."""
+    from ray_tracking.cli.output import duration
+    from ray_tracking.monitoring.overview import last_sign_of_life, status_now
+    from ray_tracking.runs.summary import Summary
+
+    record = store.load(run_id)
+    alive = last_sign_of_life(record, Summary.load(store.directory(run_id)))
+    status = status_now(record, alive, time.time())
+    if status == "running":
+        return True
+    silent = f": no sign of life for {duration(time.time() - alive)}" if status == "interrupted" else ""
+    typer.echo(f"The run {run_id} is {status}{silent}. There is nothing to stop.")
+    return False
+
+
+def _ask(store: RunStore, run_id: str) -> None:
+    from ray_tracking.runs import stopping
+
+    stopping.request(store.directory(run_id))
+    typer.echo(f"Asked {run_id} to save a checkpoint and end.", err=True)
+
+
+def _wait(store: RunStore, run_id: str, timeout: float) -> bool:
+    """Until the record says that the run has ended; False if the time ran out first."""
+    from ray_tracking.cli.output import duration
+    from ray_tracking.runs.summary import Summary
+
+    begun = said = time.monotonic()
+    while True:
+        record = store.load(run_id)
+        if record.status.is_final:
+            _tell_end(store, record)
+            return True
+        if time.monotonic() - begun >= timeout:
+            return False
+        if time.monotonic() - said >= _SAY_SECONDS:
+            said = time.monotonic()
+            step = Summary.load(store.directory(run_id)).last_step
+            typer.echo(f"Waiting for it to end: step {step}, {duration(said - begun)}.", err=True)
+        time.sleep(_POLL_SECONDS if store.storage.is_local else _REMOTE_SECONDS)
+
+
+def _tell_end(store: RunStore, record: Any) -> None:
+    from ray_tracking.checkpoint.store import CheckpointStore
+
+    saved = max((info.step for info in CheckpointStore(store.directory(record.run_id)).checkpoints()), default=None)
+    checkpoint = "no checkpoint" if saved is None else f"its last checkpoint is of step {saved}"
+    typer.echo(f"The run {record.run_id} is {record.status.value}; {checkpoint}.")
+    if record.status.value != "completed":
+        typer.echo(f"Go on with it:  ray-tracking resume {record.run_id}")
+
+
+def _stop_job(found: Located, why: str) -> None:
+    from ray_tracking.errors import UsageError
+
+    if found.newest is None:
+        raise UsageError(
+            f"The run {found.run_id} is not run by a job, so there is none to stop.", hint="Leave out --now."
+        )
+    typer.echo(_ended(found.newest, why))
+
+
+def _ended(job: NotedJob, why: str) -> str:
+    client = connect(job.address)
+    if not client.stop(job.submission_id):
+        return f"The job {job.submission_id} was not running any more: it is {client.job(job.submission_id).status}."
+    end = time.monotonic() + _JOB_SECONDS
+    while not (state := client.job(job.submission_id)).is_over and time.monotonic() < end:
+        time.sleep(_POLL_SECONDS)
+    return (
+        f"The job {job.submission_id} was stopped {why}: it is {state.status}. What came after the run's newest "
+        "checkpoint is trained again when it is resumed."
+    )
