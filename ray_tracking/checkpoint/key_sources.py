@@ -21,7 +21,6 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NoReturn
 
-from ray_tracking.config.redaction import redact_text
 from ray_tracking.errors import ConfigError
 from ray_tracking.log import get_logger
 
@@ -198,5 +197,7 @@ def _shown(errors: bytes, output: bytes) -> str:
     text = errors.decode("utf-8", "replace")
     for word in sorted(set(output.decode("utf-8", "replace").split()), key=len, reverse=True):
         text = text.replace(word, "[removed]") if len(word) >= 8 else text
+    from ray_tracking.config.redaction import redact_text  # all of the configuration: not for the writer process
+
     text = redact_text(text).strip()[-2000:]
     return f" It says:\n{text}" if text else ""

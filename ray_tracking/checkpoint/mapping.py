@@ -215,7 +215,7 @@ def _open_local(path: str, follow_links: bool) -> _Source:
         status.st_size,
         lambda begin, out: os.preadv(file, [out], begin),
         handle,
-        None if _is_network(status.st_dev) else mapped,
+        None if is_network(status.st_dev) else mapped,
     )
 
 
@@ -256,7 +256,7 @@ def _advise(memory: mmap.mmap, advice: int) -> None:
             raise
 
 
-def _is_network(device: int) -> bool:
+def is_network(device: int) -> bool:
     """Whether files of this device number lie on another machine (as far as /proc tells)."""
     wanted = f"{os.major(device)}:{os.minor(device)}"
     try:

@@ -47,14 +47,21 @@ _DAMAGE = (
 class OpenCheckpoint:
     """A checkpoint that is being read. Each file is read and checked at its first use, and let go by `close`.
 
+    `nearby` may hold copies of some files, under the names on storage: they are tried first, and verified alike.
     For one thread. Everything here raises CheckpointCorruptError that names the file that is not what was saved,
     WrongKeyError where the keys do not open it, StorageError where storage can't be read.
     """
 
-    def __init__(self, storage: Storage, info: CheckpointInfo, keyring: Keyring | None = None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        info: CheckpointInfo,
+        keyring: Keyring | None = None,
+        nearby: Storage | None = None,
+    ) -> None:
         self.info = info
         self.path = storage.path(info.folder)
-        self._files = CheckpointFiles(storage, info, keyring)
+        self._files = CheckpointFiles(storage, info, keyring, nearby)
         self._documents: dict[int, dict[str, Any]] = {}
         self._trees: dict[tuple[int, str], _Tree] = {}
         self._tensors: dict[tuple[int, str], TensorFile | None] = {}
@@ -71,6 +78,12 @@ class OpenCheckpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(discard=kind is not None)
+
+    @property
+    def from_nearby(self) -> int:
+        """Bytes that were read from there so far."""
+        sizes = {name: entry.size for manifest in self.info.manifests for name, entry in manifest.files.items()}
+        return sum(sizes[name] for name in self._files.from_nearby)
 
     def names(self, rank: int = 0) -> tuple[str, ...]:
         """The objects that `rank` can have: those of all ranks and its own."""

@@ -18,7 +18,7 @@ from ray_tracking.checkpoint.manifest import CheckpointInfo, Manifest, ManifestE
 from ray_tracking.checkpoint.mapping import FileMemory, NotThatFileError
 from ray_tracking.checkpoint.part import sealed_name
 from ray_tracking.checkpoint.sealing import CIPHER, SealBrokenError, Sealing, unseal
-from ray_tracking.errors import CheckpointCorruptError, RayTrackingError
+from ray_tracking.errors import CheckpointCorruptError, RayTrackingError, StorageError
 from ray_tracking.log import get_logger
 from ray_tracking.storage import Storage
 
@@ -29,8 +29,13 @@ _log = get_logger()
 class CheckpointFiles:
     """The files of one checkpoint by rank and plain name: checked, opened where they are sealed, and kept."""
 
-    def __init__(self, storage: Storage, info: CheckpointInfo, keyring: Keyring | None) -> None:
+    def __init__(
+        self, storage: Storage, info: CheckpointInfo, keyring: Keyring | None, nearby: Storage | None = None
+    ) -> None:
+        self.from_nearby: set[str] = set()
+        """The files (names on storage) that were read from `nearby`, where copies of some may lie."""
         self._storage = storage
+        self._nearby = nearby
         self._info = info
         self._keyring = keyring
         self._sealings: dict[int, Sealing] = {}
@@ -97,7 +102,21 @@ class CheckpointFiles:
         stored = plain + sealing.suffix
         if stored not in manifest.files:
             return None
+        if self._nearby is not None:
+            copied = self._copied(self._nearby, manifest, stored, sealing)
+            if copied is not None:
+                self.from_nearby.add(stored)
+                return copied
         return open_verified(self._storage, self._info, manifest, stored, sealing)
+
+    def _copied(self, nearby: Storage, manifest: Manifest, stored: str, sealing: Sealing) -> FileMemory | None:
+        """Held against the storage's manifest as the storage's own file would be; None without such a copy."""
+        try:
+            return open_verified(nearby, self._info, manifest, stored, sealing)
+        except (CheckpointCorruptError, StorageError) as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                _log.warning("the copy in this node's memory is passed over, storage is read", reason=error.message)
+            return None
 
 
 def sealing_of(storage: Storage, info: CheckpointInfo, manifest: Manifest, keyring: Keyring | None) -> Sealing:

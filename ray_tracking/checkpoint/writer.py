@@ -16,6 +16,7 @@ from ray_tracking.checkpoint import manifest as names
 from ray_tracking.checkpoint.keys import DataKey, Keyring
 from ray_tracking.checkpoint.manifest import Manifest
 from ray_tracking.checkpoint.memory import Arena, address_of, fault_in
+from ray_tracking.checkpoint.nearby import Nearby
 from ray_tracking.checkpoint.part import encode_key
 from ray_tracking.checkpoint.staging import Stager
 from ray_tracking.checkpoint.state import Description, Snapshot
@@ -78,13 +79,19 @@ class Staged:
 class CheckpointWriter:
     """Copies and writes one rank's parts into `store`. `stage` and `write` are for the training thread.
 
-    With `strategy` the process applies retention after each save that asks for it.
+    With `strategy` the process applies retention after each save that asks for it. `nearby`: where what is written is
+    copied in this node's memory.
     """
 
     def __init__(
-        self, store: CheckpointStore, strategy: CheckpointStrategy | None = None, options: WriterOptions | None = None
+        self,
+        store: CheckpointStore,
+        strategy: CheckpointStrategy | None = None,
+        options: WriterOptions | None = None,
+        nearby: Nearby | None = None,
     ) -> None:
         self.options = options or WriterOptions()
+        self._nearby = nearby
         self._store = store
         self._strategy = strategy
         self._stager = Stager()
@@ -279,6 +286,7 @@ class CheckpointWriter:
                         "uri": self._store.storage.uri,
                         "folder": self._store.folder,
                         "strategy": None if self._strategy is None else asdict(self._strategy),
+                        "nearby": None if self._nearby is None else self._nearby.setup(),
                         "niceness": self.options.niceness,
                         "deadline": self.options.deadline,
                         "log": child_settings(),

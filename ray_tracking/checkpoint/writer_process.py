@@ -24,11 +24,10 @@ from ray_tracking.checkpoint import frames
 from ray_tracking.checkpoint import manifest as names
 from ray_tracking.checkpoint.manifest import Manifest
 from ray_tracking.checkpoint.memory import fault_in
+from ray_tracking.checkpoint.nearby import Nearby
 from ray_tracking.checkpoint.part import PartWriter, decode_key
-from ray_tracking.checkpoint.retention import apply_retention
 from ray_tracking.checkpoint.sealing import Sealing
 from ray_tracking.checkpoint.store import CheckpointStore
-from ray_tracking.checkpoint.strategy import CheckpointStrategy
 from ray_tracking.errors import RayTrackingError, StorageError
 from ray_tracking.log import configure, get_logger
 from ray_tracking.storage import reopen
@@ -89,7 +88,8 @@ class WriterProcess:
         self._connection = connection
         self._sending = threading.Lock()
         self._store = CheckpointStore(reopen(setup["uri"]), setup["folder"])
-        self._strategy = None if setup["strategy"] is None else CheckpointStrategy(**setup["strategy"])
+        self._strategy: dict[str, Any] | None = setup["strategy"]
+        self._nearby = Nearby.from_setup(setup["nearby"])
         self._niceness = int(setup["niceness"])
         self._deadline = float(setup["deadline"])
         self._arenas: dict[int, memoryview] = {}
@@ -123,10 +123,14 @@ class WriterProcess:
             name: self._arenas[arena][begin : begin + size] for name, (arena, begin, size) in message["files"].items()
         }
         sealing = Sealing(message["compression"], decode_key(message["key"]))
-        part = PartWriter(self._store.storage, message["folder"], sealing)
+        folder, storage = message["folder"], self._store.storage
+        if self._nearby is not None:
+            size = sum(len(view) for view in files.values())
+            storage = self._nearby.copying(storage, folder, manifest.rank, size)
+        part = PartWriter(storage, folder, sealing)
 
         def steps() -> Generator[None, None, Manifest]:
-            self._store.clear(message["folder"], manifest.rank, manifest.world_size)
+            self._store.clear(folder, manifest.rank, manifest.world_size)
             return (yield from part.write(manifest, files))
 
         return _Job(message["number"], steps(), part, time.monotonic() + self._deadline)
@@ -165,11 +169,19 @@ class WriterProcess:
             return {"error": "CheckpointError", "message": "called off", "hint": None}
         job.part.commit(manifest)
         if keep_house and self._strategy is not None:
-            try:
-                apply_retention(self._store, self._strategy)
-            except StorageError as error:
-                log.warning("old checkpoints not deleted; tried again after the next save", error=error.message)
+            self._keep_house(self._strategy)
         return {"manifest": names.encode_manifest(manifest).decode("ascii")}
+
+    def _keep_house(self, rules: dict[str, Any]) -> None:
+        # Here, at the lowest priority: what it needs takes as long to import as all the rest of the process does, which
+        # starts when training has just begun, or begun again.
+        from ray_tracking.checkpoint.retention import apply_retention
+        from ray_tracking.checkpoint.strategy import CheckpointStrategy
+
+        try:
+            apply_retention(self._store, CheckpointStrategy(**rules))
+        except StorageError as error:
+            log.warning("old checkpoints not deleted; tried again after the next save", error=error.message)
 
     def _answer(self, message: dict[str, Any]) -> None:
         with self._sending, suppress(OSError):  # the trainer is gone: so are we, in a moment
@@ -201,7 +213,7 @@ def main() -> None:
         except RayTrackingError as error:
             frames.send(connection, {"failed": error.message})
         else:
-            frames.send(connection, {"ready": os.getpid()})
             with suppress(ConnectionError):
+                frames.send(connection, {"ready": os.getpid()})
                 process.serve()
     os._exit(0)  # whatever thread is still at work: it belongs to a trainer that is gone

@@ -10,6 +10,7 @@ from ray_tracking.cli.options import ConfigFile, Debug, Environment, Json, Stora
 from ray_tracking.cli.places import Directory, counted, open_place
 
 if TYPE_CHECKING:
+    from ray_tracking.monitoring.memory_copies import MemoryCopies
     from ray_tracking.monitoring.places import Place
     from ray_tracking.monitoring.strays import Stray
 
@@ -34,15 +35,17 @@ def gc(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Collect half-written checkpoints and unfinished files.
+    """Collect what saves that were cut off left behind.
 
-    Shows what there is and what of it would be deleted; --apply deletes it. Complete or pinned checkpoints and what a
-    running run may be writing are never touched, and what ray-tracking did not write is only shown.
+    Half-written checkpoints, unfinished files, and copies of checkpoints in this machine's memory. Shows what there is
+    and what of it would be deleted; --apply deletes it. Complete or pinned checkpoints and what a running run may be
+    writing are never touched, and what ray-tracking did not write is only shown.
     """
     import time
 
     from ray_tracking.cli import output
     from ray_tracking.errors import UsageError
+    from ray_tracking.monitoring.memory_copies import memory_copies
     from ray_tracking.monitoring.places import all_places
     from ray_tracking.monitoring.strays import RECENT, assume_idle, collect, strays
 
@@ -64,10 +67,13 @@ def gc(
             _print(place, found, dry_run)
         problems += [f"{stray.place_in(place)}: {why}" for stray, why in failed.items()]
     freed = [entry for entry in entries if entry["delete"] and not entry.get("error")]
+    copies = memory_copies(None if all_runs else [place.storage for place in places], time.time(), idle=idle)
+    problems += _remove(copies) if not dry_run else []
     if as_json:
         document = {"applied": not dry_run, "bytes": sum(entry["bytes"] for entry in freed), "entries": entries}
-        output.print_json(document | {"problems": problems})
+        output.print_json(document | {"memory": [each.to_json() for each in copies], "problems": problems})
         return
+    _print_copies(copies, dry_run)
     where = places[0].title if len(places) == 1 else counted(len(places), "place")
     if not entries:
         summary = f"Nothing left over in {where}."
@@ -77,7 +83,7 @@ def gc(
         parts = [f"{counted(len(freed), 'leftover')} ({size}) {done}" if freed else "Nothing to delete"]
         summary = ", ".join([*parts, f"{len(entries) - len(freed)} left alone."])
     screen.print(output.cell(summary))
-    if any(entry["kept"] == RECENT for entry in entries):
+    if any(kept == RECENT for kept in [*(entry["kept"] for entry in entries), *(each.kept for each in copies)]):
         screen.print(output.cell("What is recent goes too with --idle: say so only if nothing is writing there now."))
     for problem in problems:
         typer.echo(problem, err=True)
@@ -88,6 +94,35 @@ def _entry(place: Place, stray: Stray, error: str | None, *, applied: bool) -> d
     if applied:
         document["deleted"] = stray.kept is None and error is None
     return {**document, "error": error} if error else document
+
+
+def _remove(copies: list[MemoryCopies]) -> list[str]:
+    """Those that may go; what could not be removed."""
+    from ray_tracking.checkpoint.nearby_folders import remove
+
+    return [
+        f"{each.leftover.path}: not removed; a run may have come to use it"
+        for each in copies
+        if each.kept is None and not remove(each.leftover)
+    ]
+
+
+def _print_copies(copies: list[MemoryCopies], dry_run: bool) -> None:
+    from ray_tracking.cli import output
+
+    if not copies:
+        return
+    rows = [
+        (each.leftover.directory or "(unknown)", output.size(each.leftover.bytes), each.kept or _done(dry_run))
+        for each in copies
+    ]
+    columns = ("of the run in", "size", "")
+    output.console().print(output.table("In this machine's memory", columns, rows, right=("size",)))
+    output.console().print()
+
+
+def _done(dry_run: bool) -> str:
+    return "would be deleted" if dry_run else "deleted"
 
 
 def _print(place: Place, found: list[Stray], dry_run: bool) -> None:

@@ -24,7 +24,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "f").write_bytes(CONTENT)
     monkeypatch.setattr(mapping, "_BLOCK", 7_000)
     if request.param == "network file system":
-        monkeypatch.setattr(mapping, "_is_network", lambda device: True)
+        monkeypatch.setattr(mapping, "is_network", lambda device: True)
     if request.param == "object store":
         return Storage(fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "/", "elsewhere")
     return Storage.open(tmp_path)
@@ -80,7 +80,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 
 def test_a_file_cut_while_it_is_read(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if mapping._is_network(0) or storage.uri == "elsewhere":
+    if mapping.is_network(0) or storage.uri == "elsewhere":
         allocate = room
 
         def cut(size: int) -> memoryview:
@@ -114,7 +114,7 @@ def test_an_error_of_the_disk_has_the_path(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(StorageError, match=f"{tmp_path}/f.*Input/output error"):
         open_bytes(storage, "f", None)
     monkeypatch.undo()
-    monkeypatch.setattr(mapping, "_is_network", lambda device: True)
+    monkeypatch.setattr(mapping, "is_network", lambda device: True)
     monkeypatch.setattr(os, "preadv", fails)
     with pytest.raises(StorageError, match=f"{tmp_path}/f.*Input/output error"):
         open_bytes(storage, "f", None)
@@ -192,6 +192,6 @@ def test_which_file_systems_lie_on_another_machine(tmp_path: Path, monkeypatch: 
             f"36 35 0:45 / /data rw,noatime master:1 - {kind} server:/x rw\n"
         )
         monkeypatch.setattr("builtins.open", lambda *_, **options: real(tmp_path / "mountinfo", **options))
-        assert mapping._is_network(os.makedev(0, 45)) is expected
-        assert mapping._is_network(os.makedev(0, 46)) is False
+        assert mapping.is_network(os.makedev(0, 45)) is expected
+        assert mapping.is_network(os.makedev(0, 46)) is False
         monkeypatch.undo()

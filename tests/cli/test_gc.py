@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ray_tracking.checkpoint import nearby_folders
 from ray_tracking.runs.record import Status
 from ray_tracking.runs.store import RunStore
 from tests.cli.conftest import Cli
@@ -129,3 +130,39 @@ def test_nothing_left_over(cli: Cli, store: RunStore) -> None:
     assert (done.code, done.out) == (0, "Nothing left over in run clean.\n")
     wrong = cli("gc", "clean", "--all-runs")
     assert wrong.code == 2
+
+
+@pytest.fixture
+def shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands for the machine's shared memory."""
+    folder = tmp_path / "shm"
+    folder.mkdir()
+    monkeypatch.setattr(nearby_folders.leftovers, "__defaults__", (folder,))
+    monkeypatch.setattr(nearby_folders.of_run, "__defaults__", (folder,))
+    return folder
+
+
+def test_copies_in_memory(cli: Cli, store: RunStore, shared_memory: Path) -> None:
+    """Of a run that lives: never; that may come back: when told so; that has ended: gone."""
+    runs = {name: RunBuilder(store, name).finish() for name in ("lives", "recent", "gone")}
+    claims = {name: nearby_folders.claim(run.directory, shared_memory) for name, run in runs.items()}
+    for name, held in claims.items():
+        (held.path / "copy").write_bytes(bytes(100))
+        if name != "lives":
+            os.close(held._file)
+    os.utime(claims["gone"].path / nearby_folders._LOCK, (0, 0))
+
+    def memory(*arguments: str) -> dict[str, bool]:
+        found = json.loads(cli("gc", *arguments, "--json").out)["memory"]
+        return {entry["directory"].rpartition("/")[2]: entry["delete"] for entry in found}
+
+    assert memory("recent") == {"recent": False}
+    assert memory("--all-runs") == {"lives": False, "recent": False, "gone": True}
+    shown = " ".join(cli("gc", "--all-runs", "--apply").out.split())
+    assert "In this machine's memory" in shown
+    assert "--idle" in shown
+    assert memory("--all-runs", "--idle") == {"lives": False, "recent": True}
+    assert cli("gc", "--all-runs", "--idle", "--apply").code == 0
+    assert memory("--all-runs", "--idle") == {"lives": False}
+    assert (claims["lives"].path / "copy").exists()
+    claims["lives"].release()
