@@ -6,19 +6,13 @@ given as a plain dict is filled in exactly as one that comes from the files.
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from datetime import date
+from collections.abc import Mapping
 from difflib import SequenceMatcher
-from enum import Enum
-from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
-from annotated_types import Ge, Gt, Le, MinLen
+from annotated_types import Ge, Le
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -30,22 +24,15 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ray_tracking.config.checkpoint_rules import LIMIT_BY_DEFAULT, contradictions
+from ray_tracking.config.sections import Allowed as Allowed
+from ray_tracking.config.sections import Positive, Seconds, Text, Texts, lower, whole
+from ray_tracking.config.sections import Section as Section
+from ray_tracking.config.sweep import SweepConfig as SweepConfig
 
 
-@dataclass(frozen=True, slots=True)
-class Allowed:
-    """In a field's annotation: what an error says is allowed, where the type alone does not say it."""
-
-    text: str
-
-
-def _whole(value: Any) -> Any:
-    """1e3 in YAML is a float; where a whole number is asked for it means 1000."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _lower(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value
+def _switch(value: Any) -> Any:
+    """`on` and `off` stand in YAML for true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 def _weights(value: Any) -> Any:
@@ -54,53 +41,6 @@ def _weights(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     raise ValueError("not weights")
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-Positive = Annotated[int, BeforeValidator(_whole), Ge(1)]
-Seconds = Annotated[float, Gt(0)]
-Text = Annotated[str, MinLen(1)]
-Texts = Annotated[tuple[str, ...], Strict(False)]
-"""A YAML list arrives as a list; kept as a tuple, so that a config can't be changed by accident."""
-
-
-class Section(BaseModel, Mapping[str, Any]):
-    """One section: a frozen pydantic model that also reads as a mapping (`section["key"]`, `**section`).
-
-    Free-form values (`params`, `tags`, `args`, `sweep`) are plain dicts and lists, copied on the way in.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    def __getitem__(self, key: str) -> Any:
-        if key in type(self).model_fields or key in (self.__pydantic_extra__ or {}):
-            return getattr(self, key)
-        raise KeyError(key)
-
-    def __iter__(self) -> Iterator[str]:  # type: ignore[override]
-        yield from type(self).model_fields
-        yield from self.__pydantic_extra__ or {}
-
-    def __len__(self) -> int:
-        return len(type(self).model_fields) + len(self.__pydantic_extra__ or {})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for `json.dumps`: dicts, lists, text, numbers, bool, None. Secrets are still in it."""
-        return {key: _jsonable(value) for key, value in self.items()}
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, Enum):
-        return _jsonable(value.value)
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, date):
-        return value.isoformat()
-    return os.fspath(value) if isinstance(value, PurePath) else str(value)
 
 
 class ModelConfig(Section):
@@ -118,7 +58,7 @@ class ModelConfig(Section):
     """Weights to start from: the run's `latest` or `best` checkpoint, that of a step, a path; null: none."""
     device: Annotated[
         str,
-        BeforeValidator(_lower),
+        BeforeValidator(lower),
         Allowed("auto, cpu, cuda, cuda:<index>, mps or another device type of torch"),
     ] = "auto"
     """Where the model is placed. `auto`: the worker's GPU if it has one, else the CPU."""
@@ -152,8 +92,14 @@ class ScalingConfig(Section):
 class FailureConfig(Section):
     """What is done when workers fail."""
 
-    max_failures: Annotated[int, BeforeValidator(_whole), Ge(-1)] = 3
-    """Restarts before the run fails; 0: none, -1: without limit."""
+    max_failures: Annotated[int, BeforeValidator(whole), Ge(-1)] = 3
+    """Restarts in a row without a new checkpoint before the run fails; 0: none, -1: without limit."""
+    hang_timeout_secs: Seconds | None = 600.0
+    """A rank without progress for so long while others wait is ended and named; null: never."""
+    lease_secs: Annotated[float, Ge(1), Le(86_400)] = 30.0
+    """Seconds without a sign of life of its driver after which another one may take the run over."""
+    start_timeout_secs: Seconds | None = 900.0
+    """How long a start of the workers may wait for room in the cluster; null: for ever."""
 
 
 class TensorBoardConfig(Section):
@@ -300,6 +246,8 @@ class CheckpointConfig(Section):
     """Seconds after which a save that is not written yet counts as overdue and gets full priority."""
     on_write_failure: Literal["continue", "fail"] = "continue"
     """Whether training goes on or fails when a checkpoint can't be written; the one before it stays either way."""
+    memory_copy: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
+    """On Ray, keep the newest also in each node's memory, to restart workers from. `auto`: if storage is far away."""
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -343,7 +291,7 @@ with warnings.catch_warnings():
     class LoggingConfig(Section):
         """The program's own log lines."""
 
-        level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = "info"
+        level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(lower)] = "info"
         """The least that is shown; RAY_TRACKING_LOG_LEVEL and `--debug` override it."""
         json: bool = False  # type: ignore[assignment]
         """One JSON object per line instead of readable text."""
@@ -356,7 +304,7 @@ class Config(Section):
     """What the run is called in backends and listings; its run id begins with it."""
     storage: Text = "./runs"
     """Where runs live: a path or a URI that pyarrow knows (s3://, gs://)."""
-    seed: Annotated[int, BeforeValidator(_whole), Ge(0), Le(2**32 - 1)] = 0
+    seed: Annotated[int, BeforeValidator(whole), Ge(0), Le(2**32 - 1)] = 0
     """Seed of every random generator; each rank adds its own number."""
     tags: dict[str, str] = {}
     """Tags of the run, in every backend that knows tags."""
@@ -374,5 +322,5 @@ class Config(Section):
     """Checkpoint strategies."""
     logging: LoggingConfig = LoggingConfig()
     """Log lines."""
-    sweep: dict[str, Any] | None = None
-    """The search of `ray-tracking sweep`, as data."""
+    sweep: SweepConfig | None = None
+    """The search of `ray-tracking sweep` and `TrainingManager.sweep`."""

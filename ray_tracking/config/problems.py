@@ -14,6 +14,7 @@ from ray_tracking.config import schema
 from ray_tracking.config.merging import drop_empty, merge, plain
 from ray_tracking.config.models import CheckpointConfig, Config, Section, TrainingConfig
 from ray_tracking.config.redaction import redact
+from ray_tracking.config.sweep import NOT_ALLOWED
 from ray_tracking.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
@@ -99,6 +100,8 @@ def _sentence(kind: type[Section], layers: Sequence[Layer], prefix: Path, error:
     if error["type"] == "value_error" and issubclass(_kind_at(kind, path), Section):
         allowed = str(error.get("ctx", {}).get("error", error["msg"]))
     found = _shown(path[-1] if path else "", error["input"])
+    if error["type"] == NOT_ALLOWED:
+        allowed = str(error.get("ctx", {}).get("allowed"))
     quote = " Quote it to make it text." if error["type"] == "string_type" and _quotable(error["input"]) else ""
     return f"{where}{name}: found {found}, allowed: {allowed}.{quote}"
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ray_tracking.config import Config, ModelConfig, Section, get_config, models, redact, with_overrides
+from ray_tracking.config import Config, ModelConfig, Section, get_config, models, redact, sweep, with_overrides
 from ray_tracking.errors import ConfigError
 
 
@@ -188,8 +188,8 @@ def sections() -> list[type[Section]]:
 
 
 def test_every_field_is_described():
-    tree = ast.parse(inspect.getsource(models))
-    classes = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    trees = [ast.parse(inspect.getsource(module)) for module in (models, sweep)]
+    classes = {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     for kind in sections():
         bodies = [classes[each.__name__].body for each in kind.__mro__ if each.__name__ in classes]
         described = {

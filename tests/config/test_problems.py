@@ -176,7 +176,11 @@ def problems_of(content: str, write: Any, **arguments: Any) -> list[str]:
             'mine.yaml, line 1: logging.level: found "loud" (text), allowed: one of debug, info, warning, error.',
         ),
         ("params: [1]", "mine.yaml, line 1: params: found [1] (a list), allowed: a mapping."),
-        ("sweep: x", 'mine.yaml, line 1: sweep: found "x" (text), allowed: a mapping, or null.'),
+        (
+            "sweep: x",
+            'mine.yaml, line 1: sweep: found "x" (text), allowed: a mapping with the keys metric, mode, num_samples, '
+            "searcher, scheduler, max_concurrent, space, points, seed, stop, keep_best_trials, hang_secs, or null.",
+        ),
     ],
 )
 def test_what_each_mistake_is_told_as(content, problem, write):

@@ -1,0 +1,113 @@
+"""The driver's book of a sweep's trials: what was proposed, what became of it; every change goes to storage.
+
+In: what the searcher proposes and Ray Tune tells. Out: TrialRecords, and what the searcher is to be told again when a
+sweep goes on. Used from the driver's main thread alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from ray_tracking.runs.sweep import SweepStore, TrialRecord, TrialStatus, best_of
+
+
+class Book:
+    """`known`: the records of earlier sessions."""
+
+    def __init__(self, store: SweepStore, mode: str, known: list[TrialRecord]) -> None:
+        self.mode = mode
+        self.since_gain = 0
+        """Trials that have ended since the best of them."""
+        self._store = store
+        self._trials = {trial.number: trial for trial in known}
+        self._by_tune: dict[str, int] = {}
+        self._unfinished = deque(trial.number for trial in known if not trial.status.is_over)
+        self._events = max((max(trial.suggested, trial.told or 0) for trial in known), default=0)
+
+    @property
+    def trials(self) -> list[TrialRecord]:
+        return [self._trials[number] for number in sorted(self._trials)]
+
+    @property
+    def best(self) -> TrialRecord | None:
+        return best_of(self._trials.values(), self.mode)
+
+    @property
+    def next_number(self) -> int:
+        return max(self._trials, default=0) + 1
+
+    def __getitem__(self, number: int) -> TrialRecord:
+        return self._trials[number]
+
+    def run_id(self, number: int) -> str:
+        return self._store.run_id(number)
+
+    def number_of(self, tune_id: str) -> int:
+        return self._by_tune[tune_id]
+
+    def history(self) -> Iterator[tuple[Literal["suggested", "told"], TrialRecord]]:
+        """What the searcher was asked and told, in order."""
+        events: list[tuple[int, Literal["suggested", "told"], TrialRecord]] = []
+        for trial in self._trials.values():
+            events.append((trial.suggested, "suggested", trial))
+            if trial.told is not None:
+                events.append((trial.told, "told", trial))
+        for _, kind, trial in sorted(events, key=lambda event: event[0]):
+            yield kind, trial
+
+    def propose(self, params: Mapping[str, Any], tune_id: str) -> TrialRecord:
+        """The searcher has proposed a new trial."""
+        self._events += 1
+        trial = TrialRecord(self.next_number, dict(params), suggested=self._events, tune_id=tune_id)
+        self._by_tune[tune_id] = trial.number
+        self._keep(trial)
+        return trial
+
+    def take_unfinished(self, tune_id: str) -> TrialRecord | None:
+        """A trial of an earlier session that is to go on; None when there is none left."""
+        if not self._unfinished:
+            return None
+        trial = self._trials[self._unfinished.popleft()]
+        self._by_tune[tune_id] = trial.number
+        self._keep(replace(trial, tune_id=tune_id, status=TrialStatus.PENDING, reason=None, ended=None))
+        return self._trials[trial.number]
+
+    def start(self, tune_id: str) -> None:
+        """The trial runs."""
+        trial = self._trials[self.number_of(tune_id)]
+        self._keep(replace(trial, status=TrialStatus.RUNNING, started=trial.started or time.time()))
+
+    def report(self, tune_id: str, value: float, reports: int) -> None:
+        """The trial has reported the metric. Not written now: its journal has it."""
+        trial = self._trials[self.number_of(tune_id)]
+        best = trial.value
+        if math.isfinite(value) and (best is None or (value < best if self.mode == "min" else value > best)):
+            best = value
+        self._trials[trial.number] = replace(trial, value=best, reports=max(reports, trial.reports))
+
+    def tell(self, tune_id: str, value: float | None, error: bool) -> None:
+        """The searcher is told of the trial's end."""
+        trial = self._trials[self.number_of(tune_id)]
+        if trial.told is None:
+            self._events += 1
+            self._keep(replace(trial, told=self._events, told_value=value, told_error=error))
+
+    def end(self, number: int, status: TrialStatus, reason: str, value: float | None) -> None:
+        """The trial is over, or this session of it. `value`: the best that its journal has, if that is known."""
+        before = self.best
+        trial = self._trials[number]
+        best = trial.value if value is None or not math.isfinite(value) else value
+        self._keep(replace(trial, status=status, reason=reason, value=best, ended=time.time()))
+        if status.is_over:
+            after = self.best
+            gained = after is not None and (before is None or after.number != before.number or number == after.number)
+            self.since_gain = 0 if gained else self.since_gain + 1
+
+    def _keep(self, trial: TrialRecord) -> None:
+        self._trials[trial.number] = trial
+        self._store.save(trial)

@@ -1,0 +1,240 @@
+"""The sweep's one sink: an actor that tracks the sweep and all of its trials, and knows which trial is which.
+
+In: what senders in the trials log; trials that begin, report and end. Out: a TrackerService per run that is under way,
+closed and let go when it ends, so that memory and open files do not grow with the number of trials.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import ray
+
+from ray_tracking.checkpoint import CheckpointStore
+from ray_tracking.config.merging import merge
+from ray_tracking.errors import RayTrackingError, RefusedError
+from ray_tracking.log import bind, configure, get_logger
+from ray_tracking.records import Kind
+from ray_tracking.runs.store import RunStore
+from ray_tracking.runs.sweep import SweepStore
+from ray_tracking.storage import Storage
+from ray_tracking.tracking.cursor import BackendState
+from ray_tracking.tracking.priority import stand_back
+from ray_tracking.tracking.service import TrackerService
+from ray_tracking.tracking.spec import TrackerSpec
+from ray_tracking.tracking.transport import pack
+
+log = get_logger()
+
+_PARENT_SECONDS = 20.0
+
+
+class Begun(NamedTuple):
+    """What a trial is told when it begins."""
+
+    run_id: str
+    task: bytes
+    """The worker's task, pickled; run id, params and tracker are the trial's own to fill in."""
+
+
+class _Live(NamedTuple):
+    """A trial under way. `actor` is Ray Tune's."""
+
+    actor: Any
+    position: Any
+    changed: float
+
+
+class SweepHub:
+    """Methods run on several threads. `call` and `append` are what `ActorTransport` needs of a tracker actor."""
+
+    def __init__(self, sweep: str, trial: str, environment: Mapping[str, str], task: bytes) -> None:
+        """`sweep`: TrackerSpec of the sweep's own run; `trial`: that of a trial, without run id and params."""
+        for name, value in environment.items():
+            os.environ.setdefault(name, value)
+        stand_back()
+        self._sweep, self._trial = TrackerSpec.from_json(sweep), TrackerSpec.from_json(trial)
+        # What each trial's backends say of themselves would be said once per trial.
+        configure("warning" if self._sweep.log_level == "info" else self._sweep.log_level, json=self._sweep.log_json)
+        bind(run=self._sweep.run_id)
+        self._task = task
+        self._runs = RunStore(Storage.open(self._sweep.storage))
+        self._opening = threading.Lock()
+        self._services: dict[str, TrackerService] = {}
+        self._ended: dict[str, dict[str, Any]] = {}
+        self._names: dict[str, str] = {}
+        self._live: dict[str, _Live] = {}
+        self._causes: dict[str, str] = {}
+        """Of trials that would fail again."""
+        self._reasons: dict[str, str] = {}
+        self._own: TrackerService | None = None
+
+    def ready(self) -> int:
+        """Begin a session of the sweep: its run's attempts are its sessions. Raises what TrackerService raises.
+
+        Not done in the constructor: an actor that fails to be made does not tell its callers why.
+        """
+        return self._parent().begin_attempt(1)
+
+    # --- trials -----------------------------------------------------------------------------------------------------
+
+    def expect(self, tune_id: str, run_id: str) -> None:
+        """The driver has proposed a trial."""
+        self._names[tune_id] = run_id
+
+    def begin(self, tune_id: str, params: Mapping[str, Any], actor: Any) -> Begun:
+        """A trial, or its next try, begins in the process of `actor`."""
+        run_id = self._names.get(tune_id) or self._recorded(tune_id)
+        if cause := self._causes.get(run_id):
+            raise RefusedError(cause)
+        self._wait_for_sweep()
+        self._service(run_id, params)
+        self._live[run_id] = _Live(actor, None, time.monotonic())
+        return Begun(run_id, self._task)
+
+    def _wait_for_sweep(self) -> None:
+        """Backends that show trials below their sweep take them more readily when that is there."""
+        end = time.monotonic() + _PARENT_SECONDS
+        while time.monotonic() < end and BackendState.STARTING.value in self._parent().status()["backends"].values():
+            time.sleep(0.1)
+
+    def _recorded(self, tune_id: str) -> str:
+        """After this actor has died: the names are in the trials' records."""
+        store = SweepStore(self._runs, self._sweep.run_id)
+        found = next((trial for trial in store.load() if trial.tune_id == tune_id), None)
+        if found is None:
+            raise RefusedError(f"The sweep {self._sweep.run_id} knows no trial {tune_id}.")
+        return store.run_id(found.number)
+
+    def failed(self, run_id: str, reason: str, hopeless: bool) -> None:
+        """The trial's function raised. `hopeless`: it would again."""
+        self._reasons[run_id] = reason
+        if hopeless:
+            self._causes[run_id] = reason
+        self._service(run_id).end_attempt(reason)
+
+    def why_failed(self, run_id: str) -> str | None:
+        """What the trial's function raised since this was last asked; None: its process died without a word."""
+        return self._reasons.pop(run_id, None) or self._causes.get(run_id)
+
+    def end(self, run_id: str, status: str, reason: str) -> dict[str, Any]:
+        """The trial's run is over: deliver, close, let go. Again: the same answer."""
+        if run_id in self._ended:
+            return self._ended[run_id]
+        report = self._service(run_id).close(status, reason)
+        with self._opening:
+            self._services.pop(run_id, None)
+            self._live.pop(run_id, None)
+            self._ended[run_id] = {"metrics": report["metrics"], "last_step": report["last_step"]}
+        return self._ended[run_id]
+
+    def drop_checkpoints(self, run_id: str) -> int:
+        """The trial is not among the best: its checkpoints go, but for pinned ones. Returns how many went."""
+        store = CheckpointStore(self._runs.directory(run_id))
+        doomed = [found.folder for found in store.scan() if found.info is None or not found.info.pinned]
+        for folder in doomed:
+            store.delete(folder)
+        return len(doomed)
+
+    def end_if_still(self, seconds: float) -> dict[str, str]:
+        """Kill trials that have got no step further for so long; returns why, by run id."""
+        now, killed = time.monotonic(), {}
+        for run_id, live in list(self._live.items()):
+            if now - live.changed >= seconds:
+                killed[run_id] = f"hung: no step further for {seconds:g} s"
+                self._live.pop(run_id, None)
+                ray.kill(live.actor)
+        return killed
+
+    # --- the sweep's own run ----------------------------------------------------------------------------------------
+
+    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Into the sweep's own journal, at the number of trials that have ended."""
+        sequence = time.time_ns() // 1000  # grows over restarts of this actor, too
+        event = (sequence, Kind.SCALAR.value, step, time.time(), dict(metrics))
+        session = self._runs.load(self._sweep.run_id).attempts[-1].number
+        self._parent().append(0, session, pack([event]))
+
+    def close(self, status: str, reason: str) -> dict[str, Any]:
+        return self._parent().close(status, reason)
+
+    def _parent(self) -> TrackerService:
+        with self._opening:
+            if self._own is None:
+                self._own = TrackerService(self._sweep, alone=False)
+        return self._own
+
+    def standing(self) -> dict[str, dict[str, Any]]:
+        """Step and newest metrics of the trials under way, by run id."""
+        found = {}
+        for run_id, service in list(self._services.items()):
+            status = service.status()
+            found[run_id] = {"step": status["last_step"], "metrics": status["metrics"]}
+        return found
+
+    # --- what senders call ------------------------------------------------------------------------------------------
+
+    def append(self, run_id: str, rank: int, attempt: int, batch: bytes) -> int:
+        return self._service(run_id).append(rank, attempt, batch)
+
+    def call(self, run_id: str, method: str, *arguments: Any) -> Any:
+        if method == "report_progress":
+            if run_id in self._ended:
+                return True  # its process is about to be ended
+            live = self._live.get(run_id)
+            if live is not None and live.position != arguments[0]:
+                self._live[run_id] = _Live(live.actor, arguments[0], time.monotonic())
+        return getattr(self._service(run_id), method)(*arguments)
+
+    def _service(self, run_id: str, params: Mapping[str, Any] | None = None) -> TrackerService:
+        with self._opening:
+            if run_id in self._ended:
+                raise RefusedError(f"The trial {run_id} has ended.")
+            service = self._services.get(run_id)
+            if service is None:
+                service = self._services[run_id] = TrackerService(self._spec(run_id, params), alone=False)
+        return service
+
+    def _spec(self, run_id: str, params: Mapping[str, Any] | None) -> TrackerSpec:
+        config = self._trial.config
+        if params is not None:
+            config = {**config, "params": merge(config.get("params", {}), params)}
+        elif self._runs.exists(run_id):  # this actor was started again
+            config = dict(self._runs.load(run_id).config)
+        return replace(
+            self._trial, run_id=run_id, name=f"{self._trial.name} {run_id.rpartition('.')[2]}", config=config
+        )
+
+
+class _Remote:
+    """`handle.method.remote(...)` with a run id put before the arguments."""
+
+    def __init__(self, hub: Any, method: str, run_id: str) -> None:
+        self._hub = hub
+        self._method = method
+        self._run_id = run_id
+
+    def remote(self, *arguments: Any) -> Any:
+        return getattr(self._hub, self._method).remote(self._run_id, *arguments)
+
+
+class TrialHandle:
+    """What stands for a tracker actor where there is a hub: one of its runs. Can be pickled."""
+
+    def __init__(self, hub: Any, run_id: str) -> None:
+        self.append = _Remote(hub, "append", run_id)
+        self.call = _Remote(hub, "call", run_id)
+
+
+def reason_in_words(error: BaseException) -> str:
+    """One line, secrets removed."""
+    from ray_tracking.config import redact_text
+
+    text = redact_text(error.message if isinstance(error, RayTrackingError) else str(error)).strip()
+    first = text.splitlines()[0] if text else ""
+    return first if isinstance(error, RayTrackingError) else f"{type(error).__name__}: {first}".rstrip(": ")

@@ -1,0 +1,41 @@
+"""Training functions of the sweep tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from ray_tracking import Run
+
+
+def valley(run: Run) -> None:
+    """val/loss is 1/(epoch + 1) above the distance of params.x from 0.3; params.how: ok, raise, kill, nan, hang."""
+    how, pause = run.params.get("how", "ok"), run.params.get("pause", 0.0)
+    model = run.prepare(nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loader = run.loader(TensorDataset(torch.ones(4, 2)), batch_size=2)
+    run.restore(model=model, optimizer=optimizer, loader=loader)
+    if "started" in run.params:
+        with Path(run.params["started"]).open("a") as file:
+            file.write(f"{run.params['x']!r} {run.step}\n")
+    for epoch in run.epochs(run.params.get("epochs", 3)):
+        for (x,) in run.steps(loader):
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        time.sleep(pause)
+        value = abs(run.params["x"] - 0.3) + 1 / (epoch + 1)
+        if epoch == 1 and how == "raise":
+            raise ValueError("no good, with password=hunter2")
+        if epoch == 1 and how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if epoch == 1 and how == "hang":
+            time.sleep(600)
+        run.log_metrics({"val/loss": float("nan") if epoch == 1 and how == "nan" else value, "epoch": epoch + 1})
