@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ray_tracking.errors import RayTrackingError
     from ray_tracking.runtime.context import Run
     from ray_tracking.runtime.result import RunResult
+    from ray_tracking.runtime.sweep.result import SweepResult
     from ray_tracking.runtime.trainer import TrainingManager
     from ray_tracking.tracking.base import ExperimentTracker, NoopTracker
     from ray_tracking.tracking.composite import (
@@ -45,6 +46,7 @@ __all__ = [
     "RayTrackingError",
     "Run",
     "RunResult",
+    "SweepResult",
     "TensorBoardTracker",
     "TrainingCheckpoint",
     "TrainingManager",
@@ -67,6 +69,7 @@ _HOMES = {
     "RayTrackingError": "errors",
     "Run": "runtime.context",
     "RunResult": "runtime.result",
+    "SweepResult": "runtime.sweep.result",
     "TensorBoardTracker": "tracking.composite",
     "TrainingCheckpoint": "checkpoint",
     "TrainingManager": "runtime.trainer",

@@ -18,7 +18,7 @@ LEVEL_VARIABLE = "RAY_TRACKING_LOG_LEVEL"
 JSON_VARIABLE = "RAY_TRACKING_LOG_JSON"
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 
-_LONG = frozenset({"error", "why", "reason", "last_error", "fix"})
+_LONG = frozenset({"error", "why", "reason", "last_error", "fix", "stack"})
 _LINE = 60
 
 _Event = MutableMapping[str, Any]

@@ -9,7 +9,24 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ray_tracking.cli import checkpoints, doctor, export, gc, keeping, resume, runs, status, train, ui
+from ray_tracking.cli import (
+    checkpoints,
+    doctor,
+    export,
+    gc,
+    job_driver,
+    keeping,
+    logs,
+    resume,
+    runs,
+    status,
+    stop,
+    submit,
+    sweep,
+    sync,
+    train,
+    ui,
+)
 from ray_tracking.errors import RayTrackingError
 
 DEBUG_FLAG = "--debug"
@@ -59,17 +76,23 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 app.command("demo")(train.demo)
 app.command("train")(train.train)
+app.add_typer(sweep.group, name="sweep")
 app.command("resume")(resume.resume)
+app.add_typer(submit.group, name="submit")
 app.add_typer(runs.group, name="runs")
 app.add_typer(checkpoints.group, name="checkpoints")
 checkpoints.group.command("pin")(keeping.pin)
 checkpoints.group.command("unpin")(keeping.unpin)
 checkpoints.group.command("prune")(keeping.prune)
 app.command("export")(export.export)
+app.command("sync")(sync.sync)
 app.command("status")(status.status)
+app.command("logs")(logs.logs)
+app.command("stop")(stop.stop)
 app.command("gc")(gc.gc)
 app.command("ui", short_help="Start TensorBoard and MLflow; Ctrl-C ends both.")(ui.ui)
 app.command("doctor")(doctor.doctor)
+app.command("job-driver", hidden=True)(job_driver.job_driver)
 
 
 def main() -> None:

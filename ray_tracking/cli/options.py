@@ -28,6 +28,9 @@ StorageUri = Annotated[
     typer.Option("--storage", metavar="URI", help="Where runs lie, s3://bucket/runs say [env: RAY_TRACKING_STORAGE]."),
 ]
 RunId = Annotated[str | None, typer.Option("--run-id", metavar="ID", help="The run's id; default: name and time.")]
+ForceNew = Annotated[
+    bool, typer.Option("--force-new", help="A new run in any case: if there is one of this id, as ID-2, ID-3 ...")
+]
 Address = Annotated[
     str | None,
     typer.Option("--address", metavar="ADDR", help="The Ray cluster; default: one on this machine."),

@@ -3,7 +3,8 @@ check everything that can be checked, then run on Ray."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -12,12 +13,14 @@ from ray_tracking.cli.options import (
     ConfigFile,
     Debug,
     Environment,
+    ForceNew,
     RunId,
     Settings,
     StorageUri,
     load_config,
     overrides_of,
 )
+from ray_tracking.cli.supervising import Retries, driver_command, supervise
 from ray_tracking.extras import require
 
 if TYPE_CHECKING:
@@ -33,12 +36,19 @@ def train(
     settings: Settings = None,
     storage: StorageUri = None,
     run_id: RunId = None,
+    force_new: ForceNew = False,
     address: Address = None,
+    retries: Retries = 0,
     debug: Debug = False,
 ) -> None:
     """Train TARGET, a function that takes a `run`, on Ray workers."""
     require("ray", "ray", "torch")
     resolved = load_config(config, env, overrides_of(settings, storage))
+    if force_new and run_id is not None:
+        run_id = _free_run_id(run_id, resolved)
+    if retries:
+        given = [("-c", config), ("--env", env), ("--set", settings), ("--storage", storage), ("--address", address)]
+        _supervised(target, resolved, run_id, retries, given, debug)
     _run(target, resolved, run_id, address, debug)
 
 
@@ -65,6 +75,35 @@ def demo(
 
         resolved = with_overrides(load_config(None, env, demo_config()), overrides)
     _run(DEMO_TARGET, resolved, run_id, address, debug)
+
+
+def _free_run_id(run_id: str, config: Config) -> str:
+    from ray_tracking.runs.store import RunStore, check_run_id, free_run_id
+    from ray_tracking.storage import Storage
+
+    free = free_run_id(check_run_id(run_id), RunStore(Storage.open(config.storage)).is_taken)
+    if free != run_id:
+        typer.echo(f"There is a run {run_id!r} already; the new one is {free!r}.", err=True)
+    return free
+
+
+def _supervised(
+    target: str,
+    config: Config,
+    run_id: str | None,
+    retries: int,
+    given: Sequence[tuple[str, object]],
+    debug: bool,
+) -> NoReturn:
+    """Every start of the driver names the same run: the first makes it, the others go on with it."""
+    from ray_tracking.log import configure
+    from ray_tracking.runs.store import RunStore, check_run_id, new_run_id
+    from ray_tracking.storage import Storage
+
+    configure("debug" if debug else config.logging.level, json=config.logging.json)
+    run_id = check_run_id(run_id or new_run_id(config.name))
+    command = driver_command("train", target, options=[*given, ("--run-id", run_id), ("--debug", debug)])
+    raise typer.Exit(supervise(command, RunStore(Storage.open(config.storage)), run_id, retries))
 
 
 def _run(target: str, config: Config, run_id: str | None, address: str | None, debug: bool) -> None:

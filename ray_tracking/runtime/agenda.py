@@ -26,6 +26,8 @@ class Agenda:
         self._steps = 1
         self._before: float | None = None
         self._flags = 0
+        self.meetings_since_stop = -1
+        """Meetings after the one at which the ranks learnt that training is to end early; -1: they have not."""
 
     def after_step(self) -> None:
         """To be called by all ranks after each step; they meet when it is time."""
@@ -37,6 +39,8 @@ class Agenda:
         self._before, self._steps = now, answer // _FLAGS
         self._left = self._steps
         self._flags |= answer % _FLAGS
+        if self.stop:
+            self.meetings_since_stop += 1
 
     @property
     def stop(self) -> bool:

@@ -37,6 +37,11 @@ class StepBody:
         """Between two steps, or in one whose optimizers have all stepped."""
         return not self._inside or 0 < self._optimizers == len(self._stepped)
 
+    @property
+    def was_left(self) -> bool:
+        """Whether the loop was left in the middle of its body, and not entered again."""
+        return self._inside
+
     def __enter__(self) -> None:
         self._inside = True
         self._stepped.clear()

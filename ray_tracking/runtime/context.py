@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -12,10 +12,14 @@ from ray_tracking.config import Config
 from ray_tracking.errors import UsageError
 from ray_tracking.log import get_logger
 from ray_tracking.runtime.agenda import Agenda
+from ray_tracking.runtime.batches import to_device
 from ray_tracking.runtime.body import StepBody
+from ray_tracking.runtime.collective import all_true
+from ray_tracking.runtime.hangs import Pulse
 from ray_tracking.runtime.loading.loader import ResumableLoader
 from ray_tracking.runtime.parallel import Parallel, parallelize, without_exchange
 from ray_tracking.runtime.saving import Saver
+from ray_tracking.runtime.stopping import Stopping, TrainingStopped
 from ray_tracking.tracking.base import ExperimentTracker
 
 log = get_logger()
@@ -55,6 +59,7 @@ class Run:
         agenda: Agenda,
         latest: Callable[[], dict[str, float]],
         announce: Callable[[int], None],
+        pulse: Pulse,
     ) -> None:
         self.config = config
         self.params: dict[str, Any] = dict(config.params)
@@ -79,13 +84,17 @@ class Run:
         self._agenda = agenda
         self._latest = latest
         self._announce = announce
+        self._pulse = pulse
         self._loaders: list[ResumableLoader] = []
         self._first_epoch = 0
         self._in_epochs = False
+        self._epochs_done = False
         self._due: str | None = None
-        self._preempted = False
         self._prepared = False
         self._body = StepBody()
+        self._stepping: Any = None
+        """The loader that `steps` went through last."""
+        self._stopping = Stopping()
 
     @property
     def step(self) -> int:
@@ -149,7 +158,8 @@ class Run:
         and load_state_dict(). Returns whether there was a checkpoint. Raises CheckpointError if one does not fit.
         """
         self._body.watch(objects.values())
-        info = self.checkpoints.restore(objects)
+        with self._pulse.storing():
+            info = self.checkpoints.restore(objects)
         if info is None:
             return False
         if info.step != self.checkpoints.newest_step:  # the newest was damaged: what came after this one is superseded
@@ -169,6 +179,9 @@ class Run:
                 loader.begin_epoch(epoch)
             self._in_epochs = True
             yield epoch
+            self._pulse.count += 1
+            if self._stopping.told and self._body.was_left and not _is_finished(self._stepping):
+                self._leave()  # the function has left the epoch early because of the stop: it is to be gone on with
             self._in_epochs = False
             # From here the position is the next epoch's beginning: that is what a checkpoint must say.
             for loader in self._loaders:
@@ -177,24 +190,35 @@ class Run:
             reason, self._due = self._due or self._why_due(epoch_end=True), None
             if reason is not None:
                 self._save(reason)
+            if epoch + 1 < total and self._stopping.must_leave(self._agenda.meetings_since_stop, epoch_end=True):
+                self._leave()
+        self._epochs_done = True
 
     def steps(self, loader: Any) -> Iterator[Any]:
-        """The batches left in the epoch, on the device; advances `step`, and saves as the strategy says."""
+        """The batches left in the epoch, on the device; advances `step`, and saves as the strategy says.
+
+        If the run is asked to end early, all ranks save after the same step and the training function is left from
+        here, by TrainingStopped; one that asks `should_stop` is left to it for a while first.
+        """
+        self._stepping = loader
         for batch in loader:
             self.step += 1
+            self._pulse.count += 1
+            self._pulse.step += 1
             with self._body:
-                yield _to_device(batch, self.device)
+                yield to_device(batch, self.device)
             self._agenda.after_step()
             if not self._prepared:
                 self._prepared = True
                 self.checkpoints.prepare()
             reason = self._why_due()
-            if reason is None:
+            if self._in_epochs and _is_finished(loader):
+                self._due = reason or self._due  # saved at the epoch's end, when its validation is known
                 continue
-            if self._in_epochs and getattr(loader, "finished", False):
-                self._due = reason  # saved at the epoch's end, when its validation is known
-            else:
+            if reason is not None:
                 self._save(reason)
+            if self._stopping.must_leave(self._agenda.meetings_since_stop):
+                self._leave()
 
     def checkpoint(self, force: bool = False, metrics: Mapping[str, Any] | None = None) -> bool:
         """Save now if the strategy asks for it, or in any case with `force`. Call it after the optimizer's step.
@@ -212,9 +236,13 @@ class Run:
         return reason is not None and self._save(reason, given)
 
     def should_stop(self) -> bool:
-        """Whether training has been asked to end early; the same answer on every rank, within about a second."""
+        """Whether training has been asked to end early; the same answer on every rank, within about a second.
+
+        A function that asks can end in its own way: return after an optimizer's step, and the state is saved. If it
+        has not within about half a minute, or by the epoch's end, it is left as one that never asks.
+        """
         self._agenda.after_step()
-        return self._agenda.stop
+        return self._stopping.ask(self._agenda.stop)
 
     def no_sync(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         """For gradient accumulation: no gradient exchange inside, of a model from `prepare`."""
@@ -224,7 +252,10 @@ class Run:
 
     def finish(self) -> None:
         """After the training function: the state at its end is a checkpoint too, if the strategy says so."""
-        if self.checkpoints.has_objects and self.step > 0:
+        self._pulse.count += 1
+        if self.was_stopped:
+            self._save_to_resume()
+        elif self.checkpoints.has_objects and self.step > 0:
             reason = self._why_due(ended=True)
             if reason is not None:
                 self._save(reason)
@@ -232,7 +263,17 @@ class Run:
             log.warning(
                 "no checkpoint was saved: the training function never called run.restore(model=..., optimizer=...)"
             )
-        self.checkpoints.close()
+        self.close()
+
+    def close(self) -> None:
+        """Wait until all checkpoints are written. Raises CheckpointError if one is not and the run is to fail then."""
+        with self._pulse.storing():
+            self.checkpoints.close()
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether the training function has returned because `should_stop` said so, before it was through."""
+        return self._stopping.told and not self._epochs_done
 
     def save_after(self, error: BaseException) -> None:
         """The training function raised: keep what it had reached, if that is a state between two steps.
@@ -264,9 +305,6 @@ class Run:
         self, metric: Callable[[], float | None] | None = None, *, epoch_end: bool = False, ended: bool = False
     ) -> str | None:
         timed, preempted = self._agenda.take()
-        if preempted and self._preempted:
-            preempted = False  # one checkpoint in time is enough; the next ones come as always
-        self._preempted = self._preempted or preempted
         return self.checkpoints.why_due(
             self.step,
             metric or self._monitored,
@@ -282,17 +320,29 @@ class Run:
 
     def _save(self, reason: str, metrics: Mapping[str, float] | None = None) -> bool:
         latest = {**self._latest(), **(metrics or {})}
-        return self.checkpoints.save(self.step, self._epoch_to_resume(), latest, reason)
+        with self._pulse.storing():
+            return self.checkpoints.save(self.step, self._epoch_to_resume(), latest, reason)
+
+    def _leave(self) -> NoReturn:
+        """End early, on all ranks alike."""
+        self._save_to_resume()
+        raise TrainingStopped("the run was asked to end early")
+
+    def _save_to_resume(self) -> None:
+        """The last checkpoint of a run that is stopped: nothing that was trained is to be trained again."""
+        if not self.checkpoints.has_objects or self.step == 0:
+            return
+        if not all_true(self._body.is_whole):
+            log.warning(
+                "stopped in the middle of a step: the last checkpoint stands",
+                fix="ask run.should_stop() after the optimizer's step",
+            )
+            return
+        with self._pulse.storing():
+            self.checkpoints.finish_writing()  # so that there is room, whatever is to be done when there is none
+        self._save("stop requested")
 
 
-def _to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on the device, its structure (list, tuple, mapping) kept."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_to_device(value, device) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(_to_device(value, device) for value in batch)
-    return batch
+def _is_finished(loader: Any) -> bool:
+    """Whether the epoch has no batches left; False for a loader that can't tell."""
+    return bool(getattr(loader, "finished", False))

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
-
-import ray.train
-from ray.train import Checkpoint, CheckpointUploadMode
 
 from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy
 from ray_tracking.checkpoint.inplace import prepare_load
 from ray_tracking.checkpoint.manifest import CheckpointInfo, Manifest, step_folder
+from ray_tracking.checkpoint.nearby import Nearby
 from ray_tracking.checkpoint.reader import OpenCheckpoint
 from ray_tracking.checkpoint.staging import Stager
 from ray_tracking.checkpoint.state import Description, describe
@@ -26,6 +24,8 @@ from ray_tracking.checkpoint.store import Found
 from ray_tracking.checkpoint.writer import CheckpointWriter, WriterOptions
 from ray_tracking.errors import CheckpointCorruptError, CheckpointError, RayTrackingError, RefusedError, StorageError
 from ray_tracking.log import get_logger
+from ray_tracking.runs.record import Attempt
+from ray_tracking.runs.resuming import is_superseded
 from ray_tracking.runtime.collective import all_true, broadcast, greatest
 
 log = get_logger()
@@ -38,10 +38,22 @@ _READY, _NO_ROOM, _FAILED, _DIFFERENT = range(4)
 """What a rank says before a save; the greatest decides for all."""
 
 
+_SAVE_ID = "attempt-"
+
+
+def save_attempt(info: CheckpointInfo) -> int:
+    """The attempt that saved it. Its folder only tells the first one of the driver's."""
+    number = info.manifests[0].save_id.removeprefix(_SAVE_ID) if info.manifests else ""
+    return int(number) if number.isdecimal() else info.attempt
+
+
 class Saver:
     """Saves and restores one rank's share. Its methods are called by all ranks alike, on the training thread.
 
+    `attempts`: the run's, so far; a checkpoint past what one of them resumed from belongs to a history that was left.
     `before_commit` runs before this rank's part can count: what it logged up to the checkpoint must be durable.
+    `register` is told of each save, where training runs, as it is begun.
+    `nearby`: the copies in this node's memory, which a restart on the same node reads instead of storage.
     """
 
     def __init__(
@@ -53,19 +65,26 @@ class Saver:
         rank: int,
         world_size: int,
         attempt: int,
+        attempts: Sequence[Attempt],
         before_commit: Callable[[], object],
+        register: Callable[[Mapping[str, Any], str, Future[Manifest]], None],
         fail_on_error: bool = False,
+        nearby: Nearby | None = None,
     ) -> None:
         self.strategy = strategy
         self.failed = 0
         """Checkpoints of this attempt that could not be written."""
+        self.write_seconds = 0.0
+        """What the last save that has ended took, from its beginning until it was on the storage."""
         self._store = store
         self._rank = rank
         self._world_size = world_size
         self._attempt = attempt
         self._before_commit = before_commit
+        self._register = register
         self._fail_on_error = fail_on_error
-        self._writer = CheckpointWriter(store, strategy, options)
+        self._nearby = nearby
+        self._writer = CheckpointWriter(store, strategy, options, nearby)
         self._written: deque[tuple[int, Future[Manifest]]] = deque()
         self._failure: str | None = None
         self._newest: str | None = None
@@ -75,7 +94,8 @@ class Saver:
         self._last_time = time.monotonic()
         found: list[Found] = broadcast(store.scan() if rank == 0 else None)
         self._taken = {item.folder.rpartition("/")[2] for item in found}
-        self._candidates = [item.info for item in found if item.info is not None]
+        complete = [item.info for item in found if item.info is not None]
+        self._candidates = [info for info in complete if not is_superseded(save_attempt(info), info.step, attempts)]
         best = strategy.best(self._candidates)
         self._best = None if best is None else best.metrics[strategy.monitor]
 
@@ -95,11 +115,14 @@ class Saver:
         """
         self._objects = {name: value for name, value in objects.items() if value is not None}
         for info in self._ordered():
-            with OpenCheckpoint(self._store.storage, info, self._store.keyring) as opened:
+            copies = None if self._nearby is None else self._nearby.storage
+            with OpenCheckpoint(self._store.storage, info, self._store.keyring, copies) as opened:
                 load = self._prepared(opened)
                 usable = all_true(load is not None)
                 if usable and load is not None:
                     load()
+                    if self._nearby is not None:
+                        log.info("read from this node's memory", bytes=opened.from_nearby, of=info.size)
                 del load  # it holds views of the files
             if not usable:
                 continue
@@ -201,17 +224,16 @@ class Saver:
         written = self._writer.write(
             staged, self._newest, before_commit=self._before_commit, keep_house=self._rank == 0
         )
+        written.add_done_callback(self._note_seconds(time.monotonic()))
         self._written.append((step, written))
-        storage = ray.train.get_context().get_storage()
-        ray.train.report(
-            {"step": step, "epoch": epoch, **metrics},
-            checkpoint=Checkpoint(storage.experiment_fs_path, storage.storage_filesystem),
-            checkpoint_dir_name=folder,
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            delete_local_checkpoint_after_upload=False,
-            checkpoint_upload_fn=lambda _checkpoint, name: _when_written(written, storage, name),
-        )
+        self._register({"step": step, "epoch": epoch, **metrics}, folder, written)
         return True
+
+    def _note_seconds(self, begun: float) -> Callable[[Future[Manifest]], None]:
+        def note(_: Future[Manifest]) -> None:
+            self.write_seconds = time.monotonic() - begun
+
+        return note
 
     def save_alone(self, step: int, epoch: int, metrics: Mapping[str, float], error: BaseException) -> None:
         """Save after an exception without a word to the other ranks, which may never come: complete if all of them do.
@@ -255,6 +277,8 @@ class Saver:
         self._writer.close()
         if self._failure is not None and self._fail_on_error:
             raise CheckpointError(self._failure)
+        if self._nearby is not None:
+            self._nearby.release()
 
     def _describe(self, step: int, epoch: int, metrics: Mapping[str, float], reason: str) -> Description:
         return describe(
@@ -264,7 +288,7 @@ class Saver:
             metrics=metrics,
             rank=self._rank,
             world_size=self._world_size,
-            save_id=f"attempt-{self._attempt}",
+            save_id=f"{_SAVE_ID}{self._attempt}",
             reason=reason,
             improved=self.strategy.improves(metrics.get(self.strategy.monitor), self._best),
         )
@@ -322,9 +346,3 @@ class Saver:
                 rank=self._rank,
                 reason=str(error),
             )
-
-
-def _when_written(written: Future[Manifest], storage: Any, folder: str) -> Checkpoint:
-    """On Ray's upload thread: the checkpoint to register, once it is there (a failure is said where it is settled)."""
-    written.exception()
-    return Checkpoint(f"{storage.experiment_fs_path}/{folder}", storage.storage_filesystem)

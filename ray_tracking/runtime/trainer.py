@@ -6,33 +6,34 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
-from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy, apply_retention
 from ray_tracking.checkpoint.keys import Keyring, key_variables
 from ray_tracking.config import Config, get_config, redact, with_overrides
-from ray_tracking.errors import RayTrackingError, RefusedError, RunFailedError, UsageError
-from ray_tracking.log import get_logger, is_debug
+from ray_tracking.errors import RayTrackingError, RefusedError, StorageError, UsageError
+from ray_tracking.log import get_logger
+from ray_tracking.runs import stopping
 from ray_tracking.runs.record import Status
 from ray_tracking.runs.resuming import changes, check_resumable, overrides_of
-from ray_tracking.runs.store import RunStore, check_run_id, new_run_id
+from ray_tracking.runs.store import RunStore, check_run_id, free_run_id, new_run_id
 from ray_tracking.runs.versions import installed_versions
 from ray_tracking.runtime import cluster
 from ray_tracking.runtime.actor import ActorTransport, forwarded_environment, start_actor
-from ray_tracking.runtime.callbacks import NoteFailures
 from ray_tracking.runtime.context import Run
-from ray_tracking.runtime.failures import Reason, reason_of
-from ray_tracking.runtime.interrupts import InterruptibleTrainer, terminate_as_interrupt
+from ray_tracking.runtime.launching import train_on_ray
+from ray_tracking.runtime.nearby import forget_nearby
+from ray_tracking.runtime.ownership import Ownership, own
 from ray_tracking.runtime.result import Progress, RunResult
+from ray_tracking.runtime.sweep.result import SweepProgress, SweepResult
 from ray_tracking.runtime.target import load_target, ship_by_value
-from ray_tracking.runtime.worker import WorkerTask, work
+from ray_tracking.runtime.worker import WorkerTask
 from ray_tracking.storage import Storage
 from ray_tracking.tracking.spec import TrackerSpec, local_directory
+from ray_tracking.tracking.syncing import sync_command
 from ray_tracking.tracking.transport import TransportError
 
 log = get_logger()
@@ -47,7 +48,8 @@ class TrainingManager:
     """Runs training functions as a config says.
 
     `config`: a Config, a mapping of overrides, or None for the defaults. `run_id`: of a new run, or of one that has not
-    ended, which is continued. `address`: of a Ray cluster; None for RAY_ADDRESS or a private local cluster.
+    ended, which is continued; with `force_new` the run is a new one in any case, of another id if that one is taken:
+    `manager.run_id` is its id then. `address`: of a Ray cluster; None for RAY_ADDRESS or a private local cluster.
     `observer` is called about twice a second, on a thread of its own.
     """
 
@@ -56,11 +58,14 @@ class TrainingManager:
         config: Config | Mapping[str, Any] | None = None,
         *,
         run_id: str | None = None,
+        force_new: bool = False,
         address: str | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.config = config if isinstance(config, Config) else get_config(overrides=dict(config or {}))
         self.run_id = check_run_id(run_id or new_run_id(self.config.name))
+        self._is_id_made_here = run_id is None
+        self._force_new = force_new
         self.address = address
         self._observer = observer
 
@@ -103,34 +108,83 @@ class TrainingManager:
         """Train to the end. Blocks; call it from the main thread.
 
         Raises UsageError before anything starts if the function, the storage or the cluster can't do;
-        RefusedError for a run that is completed; RunFailedError with the cause when training failed.
+        LeaseHeldError, at once, if another process writes the run, LeaseLostError if one has taken over because this
+        one was stopped or cut off for too long; RefusedError for a run that is completed; RunFailedError with the cause
+        when training failed; RunStoppedError when somebody asked it to end early, KeyboardInterrupt when that was a
+        signal.
         """
         started = time.monotonic()
         _check_function(train)
         storage = Storage.open(self.config.storage)
         storage.probe()
         runs = RunStore(storage)
-        first = self._first_attempt(runs)
         Keyring.from_config(self.config.training.default.encryption)  # a key that can't be had is said now
+        if self._force_new and runs.is_taken(self.run_id):
+            taken, self.run_id = self.run_id, free_run_id(self.run_id, runs.is_taken)
+            log.info("there is a run of this id already; this one gets another", taken=taken, run=self.run_id)
+        try:
+            with own(runs.directory(self.run_id), self.config.failure.lease_secs) as owner:
+                return self._fit(train, entrypoint or _entrypoint(train), code_digest, runs, owner, started)
+        finally:
+            self._leave_no_trace(runs)
+
+    def _fit(
+        self,
+        train: TrainFunction,
+        entrypoint: str | None,
+        code_digest: str | None,
+        runs: RunStore,
+        owner: Ownership,
+        started: float,
+    ) -> RunResult:
+        storage, directory = runs.storage, runs.directory(self.run_id)
+        first = self._first_attempt(runs)
         connected = cluster.connect(self.address, self.config.scaling)
         try:
             cluster.check(self.config.scaling, storage)
-            spec = self._spec(storage, entrypoint or _entrypoint(train), code_digest)
+            stopping.clear(directory)  # of an earlier start: who starts it again means it to go on
+            spec = self._spec(storage, entrypoint, code_digest, owner.ticket)
             transport = ActorTransport(actor := start_actor(spec))
-            environment = forwarded_environment(*key_variables(self.config.training.default.encryption))
-            task = WorkerTask(self.run_id, storage.uri, self.config, train, actor, environment)
-            with _Watch(transport, self.run_id, self._observer, started):
-                status, reason, error = self._train(task, runs.directory(self.run_id), first)
-            if status is not Status.ABORTED and (message := _hopeless(transport)):
-                status, reason, error = Status.FAILED, message.splitlines()[0], UsageError(message)
-            report = _close(transport, status, reason)
-            ray.kill(actor)
+            try:
+                environment = forwarded_environment(*key_variables(self.config.training.default.encryption))
+                task = WorkerTask(self.run_id, storage.uri, self.config, train, actor, environment)
+                with _Watch(transport, self.run_id, self._observer, started):
+                    status, reason, error = train_on_ray(task, directory, first, owner)
+                owner.check()  # if it raises, the run is another one's by now, and its end not ours to record
+                report = _close(transport, status, reason, sync_command(self.run_id, storage.uri))
+            finally:
+                ray.kill(actor)
+            forget_nearby(self.config.training.default.memory_copy, directory)
         finally:
             if connected:
                 ray.shutdown()
         if error is not None:
             raise error
-        return self._result(runs.directory(self.run_id), status, report)
+        owner.check()
+        return self._result(directory, status, report)
+
+    def _leave_no_trace(self, runs: RunStore) -> None:
+        """Of a run that was refused before it began, if nobody else can know its id."""
+        with suppress(StorageError):
+            if self._is_id_made_here and not runs.exists(self.run_id):
+                runs.storage.delete_dir(self.run_id)
+
+    def sweep(
+        self,
+        train: TrainFunction,
+        *,
+        entrypoint: str | None = None,
+        code_digest: str | None = None,
+        observer: Callable[[SweepProgress], None] | None = None,
+    ) -> SweepResult:
+        """Search over params as `config.sweep` says: many runs of the same function. Blocks; call it from the main
+        thread. `run_id` is the sweep's; one that has not ended is gone on with. Raises as `fit` does.
+        """
+        from ray_tracking.runtime.sweep.manager import run_sweep
+
+        _check_function(train)
+        spec = self._spec(Storage.open(self.config.storage), entrypoint or _entrypoint(train), code_digest, lease=None)
+        return run_sweep(self.config, spec, train, address=self.address, observer=observer)
 
     def _first_attempt(self, runs: RunStore) -> int:
         """The number of the next attempt, which names Ray's run directory: never one that Ray has used before."""
@@ -140,11 +194,13 @@ class TrainingManager:
         if record.status is Status.COMPLETED:
             raise RefusedError(
                 f"The run {self.run_id!r} is completed.",
-                hint="Choose another --run-id, or leave it out for a new one.",
+                hint="Choose another --run-id, or let --force-new (force_new=True) choose one for a new run.",
             )
         return record.attempts[-1].number + 1 if record.attempts else 1
 
-    def _spec(self, storage: Storage, entrypoint: str | None, code_digest: str | None) -> TrackerSpec:
+    def _spec(
+        self, storage: Storage, entrypoint: str | None, code_digest: str | None, lease: str | None
+    ) -> TrackerSpec:
         strategy = self.config.training.default
         return TrackerSpec(
             self.run_id,
@@ -160,47 +216,8 @@ class TrainingManager:
             code_digest=code_digest,
             log_level=self.config.logging.level,
             log_json=bool(self.config.logging["json"]),
+            lease=lease,
         )
-
-    def _train(self, task: WorkerTask, directory: Storage, first: int) -> tuple[Status, str, BaseException | None]:
-        scaling = self.config.scaling
-        trainer = InterruptibleTrainer(
-            work,
-            train_loop_config={"task": task},
-            scaling_config=ScalingConfig(
-                num_workers=scaling.workers,
-                use_gpu=scaling.use_gpu,
-                resources_per_worker=dict(scaling.resources_per_worker) or None,
-            ),
-            run_config=RunConfig(
-                name=f"attempt-{first:03d}",
-                storage_path=directory.root,
-                storage_filesystem=directory.portable_filesystem(),
-                failure_config=FailureConfig(max_failures=self.config.failure.max_failures),
-                callbacks=[NoteFailures(task.actor)],
-                # What goes wrong is said by us, with its cause; the whole of Ray's account is in its log files.
-                logging_config=LoggingConfig("INFO" if is_debug() else "CRITICAL"),
-            ),
-        )
-        try:
-            with terminate_as_interrupt():
-                trainer.fit()
-        except TrainingFailedError as error:
-            return self._failed(reason_of(error))
-        except RayError as error:
-            return self._failed(Reason(f"Ray's controller or cluster died: {str(error).strip().splitlines()[0]}"))
-        except KeyboardInterrupt as error:
-            trainer.abort()
-            return Status.ABORTED, "interrupted", error
-        return Status.COMPLETED, "completed", None
-
-    def _failed(self, reason: Reason) -> tuple[Status, str, BaseException]:
-        where = f"\n\n{reason.traceback}\n" if reason.traceback else ""
-        error = RunFailedError(
-            f"The run {self.run_id} failed: {reason.summary}{where}",
-            hint=f"What it logged and its checkpoints are kept: `ray-tracking runs show {self.run_id}`.",
-        )
-        return Status.FAILED, reason.summary, error
 
     def _result(self, directory: Storage, status: Status, report: Mapping[str, Any]) -> RunResult:
         store = CheckpointStore(directory)
@@ -271,20 +288,13 @@ def progress_of(run_id: str, status: Mapping[str, Any], elapsed: float) -> Progr
     )
 
 
-def _hopeless(transport: ActorTransport) -> str | None:
-    """What the training function refused, if that is why it ended."""
-    try:
-        message: str | None = transport.call("hopeless")
-        return message
-    except TransportError:
-        return None
-
-
-def _close(transport: ActorTransport, status: Status, reason: str) -> dict[str, Any]:
+def _close(transport: ActorTransport, status: Status, reason: str, sync: str) -> dict[str, Any]:
     try:
         return dict(transport.call("close", status.value, redact(reason)))
     except TransportError as error:
-        log.error("the tracker could not end the run in order; `sync` fills what backends lack", error=str(error))
+        log.error(
+            "the tracker could not end the run in order; what backends lack can be filled", error=str(error), fix=sync
+        )
         return {"metrics": {}, "attempts": 1, "last_step": 0, "backends": {}}
 
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import ray.train
-import ray.train.torch
 import torch
 from ray.train.v2._internal.execution import context as report_context
-from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
 from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy
 from ray_tracking.checkpoint.writer import WriterOptions
 from ray_tracking.config import Config
-from ray_tracking.errors import JournalError
+from ray_tracking.errors import CheckpointError, JournalError, LeaseError
 from ray_tracking.log import configure, is_debug
 from ray_tracking.runs.store import RunStore
 from ray_tracking.runtime import collective
@@ -29,15 +28,20 @@ from ray_tracking.runtime.actor import ActorTransport
 from ray_tracking.runtime.agenda import PREEMPTED, STOP, TIMED, Agenda
 from ray_tracking.runtime.collective import broadcast
 from ray_tracking.runtime.context import Position, Run
-from ray_tracking.runtime.failures import is_hopeless, note_traceback
+from ray_tracking.runtime.failures import note_traceback
+from ray_tracking.runtime.hangs import HangWatch, Pulse, fail_group, group_of_ranks
+from ray_tracking.runtime.nearby import claim_nearby
+from ray_tracking.runtime.place import InRayTrain, Place
+from ray_tracking.runtime.preemption import Notices
 from ray_tracking.runtime.saving import Saver
+from ray_tracking.runtime.stopping import STOPPED, TrainingStopped
 from ray_tracking.storage import Storage
 from ray_tracking.tracking.base import ExperimentTracker, NoopTracker
 from ray_tracking.tracking.logger import RunLogger
 from ray_tracking.tracking.sender import Sender
 from ray_tracking.tracking.transport import TransportError
 
-_PROGRESS_SECONDS = 0.5
+_PROGRESS_SECONDS = 1.0
 _FLUSH_SECONDS = 120.0
 
 
@@ -51,6 +55,14 @@ class WorkerTask:
     train: Callable[[Run], Any]
     actor: Any
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    reporter: Reporter | None = None
+    """Of a sweep: looks through what rank 0 logs for the metric that is searched for."""
+
+
+class Reporter(Protocol):
+    """Makes the `log_metrics` of a trial."""
+
+    def watch(self, run: Run, sender: Sender) -> Callable[..., None]: ...
 
 
 class RunTracker(NoopTracker):
@@ -70,17 +82,23 @@ class RunTracker(NoopTracker):
         return self._sender.flush(timeout)
 
 
-def work(loop_config: Mapping[str, Any]) -> None:
-    """The train function given to Ray Train: `loop_config` is {"task": WorkerTask}."""
+def work(loop_config: Mapping[str, Any]) -> str | None:
+    """The train function given to Ray Train: `loop_config` is {"task": WorkerTask}. Returns STOPPED if it was.
+
+    A sweep's trial calls it too, with {"place": Place} in it.
+    """
     task: WorkerTask = loop_config["task"]
+    if not gc.get_freeze_count():
+        # The modules loaded by now stay. Looking through them takes 0.2 s, at the start and now and then in training.
+        gc.freeze()
     for name, value in task.environment.items():
         os.environ.setdefault(name, value)
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
+    place: Place = loop_config.get("place") or InRayTrain()
+    rank, world_size = place.rank, place.world_size
     collective.start()
     transport = ActorTransport(task.actor)
-    if broadcast(transport.call("hopeless") if rank == 0 else None):
-        return  # Ray has started the group again, as it always does; the driver says why it was in vain
+    pulse = Pulse()
+    watch = _hang_watch(task, place, transport, pulse)
     attempt = broadcast(transport.call("begin_attempt", world_size) if rank == 0 else None)
     configure(
         task.config.logging.level,
@@ -98,16 +116,19 @@ def work(loop_config: Mapping[str, Any]) -> None:
     rules = task.config.training.default
     options = WriterOptions.from_config(rules)
     saver = Saver(
-        CheckpointStore(directory, os.path.basename(context.get_storage().experiment_fs_path), keyring=options.keyring),
+        CheckpointStore(directory, place.folder(attempt), keyring=options.keyring),
         CheckpointStrategy.from_config(rules),
         options,
         rank=rank,
         world_size=world_size,
         attempt=attempt,
-        before_commit=lambda: _all_journaled(sender),  # on every rank: their own numbers make a curve too
+        attempts=broadcast(RunStore(Storage.open(task.storage)).load(task.run_id).attempts if rank == 0 else None),
+        before_commit=lambda: _may_commit(sender, transport),  # on every rank: their own numbers make a curve too
+        register=place.register,
         fail_on_error=rules.on_write_failure == "fail",
+        nearby=claim_nearby(rules.memory_copy, directory),
     )
-    signals = _Signals(saver)
+    signals = _Signals(saver, place)
     position = Position()
     logger = RunLogger(sender, position, directory.child("artifacts"))
 
@@ -124,8 +145,8 @@ def work(loop_config: Mapping[str, Any]) -> None:
         task.config,
         rank=rank,
         world_size=world_size,
-        local_rank=context.get_local_rank(),
-        device=ray.train.torch.get_device(),
+        local_rank=place.local_rank,
+        device=place.device,
         attempt=attempt,
         position=position,
         tracker=tracker,
@@ -134,7 +155,11 @@ def work(loop_config: Mapping[str, Any]) -> None:
         agenda=Agenda(signals.look),
         latest=sender.latest if rank == 0 else dict,
         announce=announce,
+        pulse=pulse,
     )
+    watch.logged, watch.step = lambda: sender.logged, lambda: run.step
+    if task.reporter is not None and rank == 0:
+        run.log_metrics = tracker.log_metrics = task.reporter.watch(run, sender)  # type: ignore[method-assign]
     run.log_params(run.params)
     over = threading.Event()
     if rank == 0:
@@ -142,28 +167,60 @@ def work(loop_config: Mapping[str, Any]) -> None:
     try:
         task.train(run)
         run.finish()
+        return STOPPED if run.was_stopped else None
+    except TrainingStopped:
+        # Not raised on: Ray would take it for a failure and start the workers again.
+        run.close()
+        return STOPPED
+    except SystemExit:  # how Ray Tune ends a trial: what is being written is still finished
+        with suppress(CheckpointError):
+            saver.close()
+        raise
     except Exception as error:
         note_traceback(error)
-        if is_hopeless(error):
-            with suppress(TransportError):
-                transport.call("give_up", str(error))
         run.save_after(error)
         raise
     finally:
         over.set()
         sender.close()
+        watch.stop()
 
 
 class _Signals:
     """What rank 0 looks at when the ranks meet."""
 
-    def __init__(self, saver: Saver) -> None:
+    def __init__(self, saver: Saver, place: Place) -> None:
         self.stop_requested = False
+        self.lost: LeaseError | None = None
+        """Another process writes the run: training on would be in vain."""
         self._saver = saver
+        self._place = place
+        self._notices = Notices()
 
     def look(self) -> int:
-        preempted = get_internal_train_context().preemption_context.preemption_info is not None
-        return TIMED * self._saver.is_time() | PREEMPTED * preempted | STOP * self.stop_requested
+        if self.lost is not None:
+            raise self.lost
+        return TIMED * self._saver.is_time() | PREEMPTED * self._must_save() | STOP * self.stop_requested
+
+    def _must_save(self) -> bool:
+        preempted = self._place.is_preempted()
+        deadline = self._place.deadline() if preempted and isinstance(self._place, InRayTrain) else None
+        return self._notices.is_due(preempted, deadline, time.time(), self._saver.write_seconds)
+
+
+def _hang_watch(task: WorkerTask, place: Place, transport: ActorTransport, pulse: Pulse) -> HangWatch:
+    """Begun before the ranks meet for the first time: one that never comes is missed, too."""
+    watch = HangWatch(
+        transport,
+        pulse,
+        group=group_of_ranks() if isinstance(place, InRayTrain) else "",
+        rank=place.rank,
+        world_size=place.world_size,
+        limit=task.config.failure.hang_timeout_secs if isinstance(place, InRayTrain) else None,
+        fail=fail_group,
+    )
+    watch.start()
+    return watch
 
 
 def _tell_progress(run: Run, signals: _Signals, transport: ActorTransport, over: threading.Event) -> None:
@@ -172,6 +229,18 @@ def _tell_progress(run: Run, signals: _Signals, transport: ActorTransport, over:
             signals.stop_requested = bool(transport.call("report_progress", run.position(), timeout=5.0))
         except TransportError:
             continue  # the tracker restarts; the sender says so
+        except LeaseError as error:
+            signals.lost = error
+            return
+
+
+def _may_commit(sender: Sender, transport: ActorTransport) -> None:
+    """Asked of the tracker even if it has all records: it must still be the one that writes the run."""
+    _all_journaled(sender)
+    try:
+        transport.call("confirm")
+    except TransportError as error:
+        raise JournalError(f"the tracker can't be asked whether the run is still ours: {error}") from error
 
 
 def _all_journaled(sender: Sender) -> None:

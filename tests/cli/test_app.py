@@ -13,7 +13,10 @@ from ray_tracking.cli.app import main
 from ray_tracking.errors import RefusedError, RunFailedError
 from tests.cli.conftest import Cli
 
-COMMANDS = ("demo", "train", "resume", "runs", "checkpoints", "gc", "export", "status", "ui", "doctor")
+COMMANDS = (
+    "demo", "train", "sweep", "submit", "resume", "runs", "checkpoints", "gc", "export", "sync", "status", "logs",
+    "stop", "ui", "doctor",
+)  # fmt: skip
 
 
 def test_help_lists_every_command_with_its_help(cli: Cli) -> None:
@@ -26,7 +29,18 @@ def test_help_lists_every_command_with_its_help(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [*COMMANDS, "runs ls", "runs show", "runs compare", "checkpoints ls", "checkpoints prune"]
+    "command",
+    [
+        *COMMANDS,
+        "sweep run",
+        "sweep show",
+        "submit train",
+        "runs ls",
+        "runs show",
+        "runs compare",
+        "checkpoints ls",
+        "checkpoints prune",
+    ],
 )
 def test_every_command_has_help(cli: Cli, command: str) -> None:
     done = cli(*command.split(), "--help")

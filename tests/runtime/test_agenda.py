@@ -37,3 +37,14 @@ def test_flags_are_told_once_but_stop_stays() -> None:
     ranks.after_step()
     assert ranks.take() == (False, False)
     assert ranks.stop
+
+
+def test_meetings_since_the_stop_are_counted() -> None:
+    flags = [0, STOP, STOP, 0]
+    ranks = Agenda(lambda: flags.pop(0))
+    ranks._steps_until = lambda now: 1  # type: ignore[method-assign]
+    counted = []
+    for _ in range(4):
+        ranks.after_step()
+        counted.append(ranks.meetings_since_stop)
+    assert counted == [-1, 0, 1, 2]
