@@ -1,4 +1,7 @@
-"""The README's commands and programs, run as they stand, in their order, by a newcomer in an empty folder."""
+"""The README's commands and programs, run as they stand, in their order, by a newcomer in an empty folder.
+
+Those in blocks of `sh` need a cluster elsewhere: tests/cli/test_submitted.py runs them on one.
+"""
 
 from __future__ import annotations
 

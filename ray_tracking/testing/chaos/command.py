@@ -5,15 +5,12 @@ In: what the user gave. Out: its words, its environment, and the configuration t
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 from ray_tracking.config import Config, get_config, parse_assignments
-from ray_tracking.testing.chaos.processes import Driver
 
 EXAMPLE = "ray_tracking.examples.gpt:train"
 EXAMPLE_SETTINGS: Mapping[str, str] = {
@@ -30,6 +27,9 @@ EXAMPLE_SETTINGS: Mapping[str, str] = {
 _BACKENDS = ("tensorboard", "mlflow", "wandb")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 """One each: a sum over several threads may come out in another order, and so with other last bits."""
+
+_OTHER_CLUSTERS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_TMPDIR")
+_PROGRAM = (sys.executable, "-m", "ray_tracking")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,19 +76,25 @@ class TrainCommand:
     def _assignments(self) -> list[str]:
         return [f"{key}={text}" for key, text in self.settings.items()]
 
-    def words(self, run_id: str) -> list[str]:
+    def words(self, run_id: str, *, address: str | None = None, resume: bool = False) -> list[str]:
+        """The whole command; `resume`: the one that goes on with what the storage holds, and is told nothing else."""
+        cluster = () if address is None else ("--address", address)
+        if resume:
+            return [*_PROGRAM, "resume", run_id, "--storage", self.settings["storage"], *cluster]
         return [
-            *(sys.executable, "-m", "ray_tracking", "train", self.target, "--run-id", run_id),
+            *(*_PROGRAM, "train", self.target, "--run-id", run_id),
             *(() if self.file is None else ("--config", self.file)),
             *(() if self.environment is None else ("--env", self.environment)),
             *(word for assignment in self._assignments for word in ("--set", assignment)),
+            *cluster,
         ]
 
-    def start(self, run_id: str, output: Path) -> Driver:
-        return Driver(self.words(run_id), child_environment(os.environ), output)
+    def sync_words(self, run_id: str) -> list[str]:
+        """The command that fills the run's backends with what they lack."""
+        return [*_PROGRAM, "sync", run_id, "--storage", self.settings["storage"]]
 
 
 def child_environment(ours: Mapping[str, str]) -> dict[str, str]:
-    """Ours, but with a private cluster always, and with what makes sums come out the same each time."""
+    """Ours, but never with a cluster that is not chaos's own, and with what makes sums come out the same each time."""
     chosen = dict.fromkeys(_THREADS, "1") | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
-    return {**chosen, **{name: value for name, value in ours.items() if name != "RAY_ADDRESS"}}
+    return {**chosen, **{name: value for name, value in ours.items() if name not in _OTHER_CLUSTERS}}

@@ -30,6 +30,7 @@ def gather(
     seed: int,
     ignored: Ignored,
     keyring: Keyring | None,
+    synced: Sequence[str] = (),
 ) -> Evidence:
     """Compare all. Raises RayTrackingError if something can't be read."""
     first, second = runs.directory(undisturbed), runs.directory(killed)
@@ -49,6 +50,7 @@ def gather(
         last_step(first),
         len(attempts),
         sorted({row.key for row in expected if row.key in ignored}),
+        synced,
     )
 
 

@@ -66,10 +66,14 @@ class Recovery:
     problems: tuple[str, ...] = ()
     victim: str | None = None
     """Which worker, `rank 1` say."""
+    outage: float | None = None
+    """Seconds for which it was away; None if it was killed."""
+    noticed: str | None = None
+    """How the run showed that it was away."""
 
     @property
     def while_training(self) -> bool:
-        """Whether the kill came between two steps of the run."""
+        """Whether the fault came between two steps of the run."""
         return self.step > 0 and self.seconds is not None
 
 
@@ -87,6 +91,8 @@ class Evidence:
     attempts: int
     ignored: Sequence[str] = field(default=())
     """The keys whose values were not compared."""
+    synced: Sequence[str] = field(default=())
+    """The backends that lacked something when the run had ended, and were filled by `ray-tracking sync`."""
 
     @property
     def hits(self) -> int:
@@ -96,15 +102,20 @@ class Evidence:
     def shortcomings(self) -> list[str]:
         """Why this is no proof; [] if it is one."""
         found = [
-            f"kill {each.number} ({each.part}): a checkpoint that passed for complete does not verify: {problem}"
+            f"fault {each.number} ({each.part}): a checkpoint that passed for complete does not verify: {problem}"
             for each in self.recoveries
             for problem in each.problems
+        ]
+        found += [
+            f"fault {each.number} ({each.part}): the run did not feel it within {each.outage:.0f} s: lengthen --outage"
+            for each in self.recoveries
+            if each.outage is not None and each.noticed is None
         ]
         found += [f"{each.what}: {example}" for each in self.differences for example in each.examples]
         found += [f"{each.what} differs" for each in self.differences if not each.is_equal and not each.examples]
         if self.hits < self.wanted:
             found.append(
-                f"only {self.hits} of {self.wanted} kills hit while training went on: the run is too short, or lacks "
+                f"only {self.hits} of {self.wanted} faults hit while training went on: the run is too short, or lacks "
                 "such a part; make it longer (--set params.epochs=...), save more often "
                 "(--set training.default.save_steps=...), or lower --times"
             )
@@ -210,6 +221,8 @@ def _recovery(hit: Hit, steps: Sequence[tuple[float, int, int]], attempts: Seque
         hit.complete,
         hit.problems,
         rank[0] if rank else None,
+        hit.outage,
+        hit.noticed,
     )
 
 

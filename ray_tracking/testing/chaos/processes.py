@@ -1,6 +1,6 @@
-"""The processes of one run, seen through /proc: those that a command started, and no others.
+"""The processes that a command has started, seen through /proc, and no others.
 
-In: a command line. Out: its process, the parts of its cluster by name, and their end.
+In: a command line. Out: its process, the parts of a run among those that it started, and their end.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ _LOOK_SECONDS = 0.01
 _ACTORS = {Part.WORKER: "ray::RayTrainWorker", Part.TRACKER: "ray::TrackerActor"}
 """How Ray titles the processes of its actors: the class, then the method that runs in it."""
 _WRITER = "ray_tracking.checkpoint.writer_process"
+_SERVICE = "wandb-core"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,11 @@ class Process:
         return now is not None and now.started == self.started
 
     def is_part(self, part: Part) -> bool:
-        title = _ACTORS.get(part)
-        return self.command.startswith(title) if title else part is Part.WRITER and _WRITER in self.command
+        """Whether it is a process of this part: for W&B, of its client's service."""
+        if title := _ACTORS.get(part):
+            return self.command.startswith(title)
+        program = self.command.partition(" ")[0].rpartition("/")[2]
+        return (part is Part.WRITER and _WRITER in self.command) or (part is Part.WANDB and program == _SERVICE)
 
     def send(self, number: int) -> None:
         if self.is_alive:
@@ -98,7 +102,7 @@ def _read(pid: int) -> Process | None:
     return None if fields[0] in ("Z", "X") else Process(pid, int(fields[1]), int(fields[19]), command)
 
 
-class Driver:
+class Launched:
     """A started command with all that it starts. `output` is the file that takes what it prints.
 
     Its processes are remembered once they were seen: one that has lost its parent is still one of them.
@@ -138,27 +142,39 @@ class Driver:
         return sorted((one for one in self.processes() if one.is_part(part)), key=lambda process: process.pid)
 
     def kill_all(self) -> list[Process]:
-        """SIGKILL for everything at once: all are stopped first, so that none can start another or put things in order.
+        """SIGKILL for everything at once; returns what was killed, when it is gone."""
+        return kill_together([self])
 
-        Returns what was killed, when it is gone.
-        """
-        stopped: dict[int, Process] = {}
-        while new := [process for process in self.processes() if process.pid not in stopped]:
-            for process in new:
-                process.send(signal.SIGSTOP)
-                stopped[process.pid] = process
-        for process in stopped.values():
-            process.send(signal.SIGKILL)
+    def reap(self) -> None:
+        """Take note of its end, which must be near."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(_END_SECONDS)
-        await_end(stopped.values())
-        return list(stopped.values())
+
+    @property
+    def printed(self) -> str:
+        """All that it printed so far."""
+        return self._output.read_text(errors="replace")
 
     def tail(self, lines: int = 15) -> str:
         """The end of what it printed."""
-        text = self._output.read_text(errors="replace").rstrip()
-        return "\n".join(text.splitlines()[-lines:]) or "(it printed nothing)"
+        return "\n".join(self.printed.rstrip().splitlines()[-lines:]) or "(it printed nothing)"
 
 
-Start = Callable[[str, Path], Driver]
-"""(run id, file for the output) -> the started training command."""
+def kill_together(commands: Iterable[Launched]) -> list[Process]:
+    """SIGKILL for several commands with all that they have started, at one moment: all processes are stopped first, so
+    that none can start another or put things in order.
+
+    Returns what was killed, when it is gone.
+    """
+    chosen = list(commands)
+    stopped: dict[int, Process] = {}
+    while new := [one for command in chosen for one in command.processes() if one.pid not in stopped]:
+        for process in new:
+            process.send(signal.SIGSTOP)
+            stopped[process.pid] = process
+    for process in stopped.values():
+        process.send(signal.SIGKILL)
+    for command in chosen:
+        command.reap()
+    await_end(stopped.values())
+    return list(stopped.values())

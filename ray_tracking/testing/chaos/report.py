@@ -8,23 +8,25 @@ from typing import Any
 
 from ray_tracking.testing.chaos.evidence import Difference, Evidence, Recovery
 
-_KILLS = ("kill", "of", "after step", "restored", "repeated", "new step after", "checkpoints")
-_RIGHT = frozenset({"kill", "after step", "restored", "repeated", "new step after", "compared"})
+_FAULTS = ("fault", "of", "after step", "restored", "repeated", "new step after", "checkpoints")
+_RIGHT = frozenset({"fault", "after step", "restored", "repeated", "new step after", "compared"})
 
 
 def as_text(evidence: Evidence) -> str:
     """Two short tables and a verdict."""
-    kills = [_kill(recovery) for recovery in evidence.recoveries]
+    faults = [_fault(recovery) for recovery in evidence.recoveries]
     lines = [
-        f"Kills: {evidence.hits} of {evidence.wanted} while training went on "
+        f"Faults: {evidence.hits} of {evidence.wanted} while training went on "
         f"({evidence.steps} steps, {evidence.attempts} attempts, seed {evidence.seed})",
-        *table(_KILLS, kills),
+        *table(_FAULTS, faults),
         "",
-        "Against the run that was never killed",
+        "Against the run that was left alone",
         *table(("what", "compared", "", "lost", "doubled", "changed"), [_difference(e) for e in evidence.differences]),
     ]
     if evidence.ignored:
         lines += ["", f"Values not compared, as they measure time: {', '.join(evidence.ignored)}"]
+    if evidence.synced:
+        lines += ["", f"Not complete when the run ended, filled by `ray-tracking sync`: {', '.join(evidence.synced)}"]
     shortcomings = evidence.shortcomings
     lines += ["", *(f"- {shortcoming}" for shortcoming in shortcomings)]
     lines.append("NOT SHOWN to be equal." if shortcomings else _verdict(evidence))
@@ -39,13 +41,14 @@ def as_json(evidence: Evidence) -> dict[str, Any]:
         "run_id": evidence.run_id,
         "undisturbed": evidence.undisturbed,
         "seed": evidence.seed,
-        "kills": {"wanted": evidence.wanted, "while_training": evidence.hits},
+        "faults": {"wanted": evidence.wanted, "while_training": evidence.hits},
         "steps": evidence.steps,
         "attempts": evidence.attempts,
         "steps_repeated": sum(recovery.repeated for recovery in evidence.recoveries),
         "recoveries": [asdict(each) | {"while_training": each.while_training} for each in evidence.recoveries],
         "compared": [asdict(each) | {"equal": each.is_equal} for each in evidence.differences],
         "ignored": list(evidence.ignored),
+        "synced": list(evidence.synced),
     }
 
 
@@ -62,15 +65,17 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _kill(recovery: Recovery) -> tuple[str, ...]:
+def _fault(recovery: Recovery) -> tuple[str, ...]:
     restarted = recovery.restored is not None
     if recovery.problems:
         checkpoints = f"{recovery.complete} complete, {len(recovery.problems)} problems"
     else:
         checkpoints = f"{recovery.complete} complete, all verify"
+    away = None if recovery.outage is None else f"away {recovery.outage:.0f} s"
+    more = [text for text in (recovery.victim, away, recovery.noticed) if text]
     return (
         str(recovery.number),
-        recovery.part if recovery.victim is None else f"{recovery.part} ({recovery.victim})",
+        f"{recovery.part} ({', '.join(more)})" if more else recovery.part,
         str(recovery.step),
         str(recovery.restored) if restarted else "-",
         str(recovery.repeated) if restarted else "-",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,19 +15,45 @@ from ray_tracking.storage import Storage
 from ray_tracking.testing.chaos.campaign import Campaign
 from ray_tracking.testing.chaos.comparing import last_step, rows
 from ray_tracking.testing.chaos.evidence import recoveries
+from ray_tracking.testing.chaos.outages import Outage
 from ray_tracking.testing.chaos.plan import Part, Strike
-from ray_tracking.testing.chaos.processes import Driver
+from ray_tracking.testing.chaos.processes import Launched, Process
+from ray_tracking.tracking.cursor import BackendState, Cursor
 from tests.testing.chaos.training_stub import SAVE_STEPS
 
 STEPS = 60
+AWAY = 0.5
 
 
-def campaign(folder: Path, how: str = "well", patience: float = 60.0) -> Campaign:
-    def start(run_id: str, output: Path) -> Driver:
-        stub = [sys.executable, "-m", "tests.testing.chaos.training_stub", str(folder), run_id, str(STEPS), how]
-        return Driver(stub, os.environ, output)
+class StubScene:
+    """The stub in the place of training; `outages` are what can be taken away from it."""
 
-    return Campaign(start, Storage.open(folder), folder, lambda _: None, patience=patience)
+    cluster = None
+
+    def __init__(self, folder: Path, how: str, outages: Mapping[Part, Outage] | None = None) -> None:
+        self.folder = folder
+        self.how = how
+        self.outages = dict(outages or {})
+        self.synced: list[str] = []
+
+    def start(self, run_id: str, output: Path, *, resume: bool) -> Launched:
+        words = ["-m", "tests.testing.chaos.training_stub", str(self.folder), run_id, str(STEPS), self.how]
+        return Launched([sys.executable, *words], os.environ, output)
+
+    def sync(self, run_id: str, output: Path) -> Launched:
+        self.synced.append(run_id)
+        return Launched([sys.executable, "-c", "raise SystemExit(4)"], os.environ, output)
+
+    def find(self, driver: Launched, part: Part) -> list[Process]:
+        return driver.find(part)
+
+    def outage(self, part: Part, directory: Storage, driver: Launched) -> Outage | None:
+        return self.outages.get(part)
+
+
+def campaign(folder: Path, how: str = "well", patience: float = 60.0, **outages: Outage) -> Campaign:
+    scene = StubScene(folder, how, {Part(name): outage for name, outage in outages.items()})
+    return Campaign(scene, Storage.open(folder), folder, lambda _: None, patience=patience, away=AWAY)
 
 
 def test_the_driver_is_killed_and_started_again_until_the_run_is_completed(tmp_path: Path) -> None:
@@ -59,6 +86,15 @@ def test_a_part_that_is_not_there_is_no_hit(tmp_path: Path) -> None:
     assert campaign(tmp_path).run("r", [Strike(1, Part.TRACKER, 5, 0.0, 0.0)]) == []
 
 
+def test_a_command_that_is_killed_when_its_run_is_completed_is_not_started_again(tmp_path: Path) -> None:
+    (hit,) = campaign(tmp_path, "lingering").run("r", [Strike(1, Part.DRIVER, STEPS, 50.0, 0.0)])
+    runs = RunStore(Storage.open(tmp_path))
+    record = runs.load("r")
+    assert record.status == "completed"
+    assert len(record.attempts) == 1
+    assert not recoveries([hit], rows(runs.directory("r")), record.attempts)[0].while_training
+
+
 def test_a_run_that_fails_by_itself_is_shown_with_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(RunFailedError, match=r"ended by itself with status 1[^|]*no luck at all"):
         campaign(tmp_path, "badly").run("r", [Strike(1, Part.WORKER, 5, 0.0, 0.0)])
@@ -67,3 +103,58 @@ def test_a_run_that_fails_by_itself_is_shown_with_its_last_words(tmp_path: Path)
 def test_a_run_that_stands_still_is_ended(tmp_path: Path) -> None:
     with pytest.raises(RunFailedError, match=r"showed nothing new for 3 s[^|]*it printed nothing"):
         campaign(tmp_path, "silently", patience=3.0).run("r")
+
+
+class Lamp:
+    """An outage that is felt or not, and says whether it was ended."""
+
+    def __init__(self, felt: str | None) -> None:
+        self.is_on = True
+        self.said = felt
+
+    def begin(self) -> list[int]:
+        assert self.is_on
+        self.is_on = False
+        return [7]
+
+    def end(self) -> None:
+        assert not self.is_on
+        self.is_on = True
+
+    def felt(self) -> str | None:
+        assert not self.is_on
+        return self.said
+
+
+@pytest.mark.parametrize("felt", ["failing", None])
+def test_what_is_taken_away_is_given_back_and_how_it_was_felt_is_noted(tmp_path: Path, felt: str | None) -> None:
+    lamp = Lamp(felt)
+    (hit,) = campaign(tmp_path, mlflow=lamp).run("r", [Strike(1, Part.MLFLOW, 5, 0.0, 0.0)])
+    assert lamp.is_on
+    assert (hit.pids, hit.noticed) == ((7,), felt)
+    assert hit.outage is not None
+    assert (hit.outage < AWAY) == (felt is not None), "once it was felt there is nothing to wait for"
+    runs = RunStore(Storage.open(tmp_path))
+    (found,) = recoveries([hit], rows(runs.directory("r")), runs.load("r").attempts)
+    assert found.while_training
+    assert found.restored is None
+
+
+def test_a_backend_that_lacks_something_at_the_end_is_filled_or_the_campaign_fails(tmp_path: Path) -> None:
+    stubbed = campaign(tmp_path)
+    stubbed.run("r")
+    assert stubbed.synced == []
+    Cursor("mlflow", state=BackendState.PENDING).save(RunStore(Storage.open(tmp_path)).directory("s"))
+    with pytest.raises(RunFailedError, match="sync s` ended with status 4"):
+        stubbed.run("s")
+    assert stubbed.synced == ["mlflow"]
+
+
+def test_a_felt_outage_leaves_half_of_the_time_to_the_next_strike(tmp_path: Path) -> None:
+    stubbed = campaign(tmp_path, mlflow=Lamp("failing"))
+    stubbed.run("undisturbed")
+    stubbed._pace = 0.02  # as it is where nothing else runs
+    strikes = [Strike(1, Part.MLFLOW, 5, 0.0, 0.0), Strike(2, Part.MLFLOW, 25, 0.0, 0.0)]
+    first, _ = stubbed.run("r", strikes)
+    assert first.outage is not None
+    assert first.outage >= 0.2

@@ -46,7 +46,7 @@ def test_what_is_misspelt_is_refused_before_anything_starts(capsys: pytest.Captu
     assert "key=value" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("words", "said"), [(["--kill", "cat"], "worker"), (["--times", "0"], "above 0")])
+@pytest.mark.parametrize(("words", "said"), [(["--times", "0"], "above 0"), (["--outage", "-1"], "above 0")])
 def test_wrong_usage_says_what_is_allowed(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(words)
@@ -61,6 +61,14 @@ def test_help_documents_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert all(f"    {part.value} " in text for part in Part)
     assert "Exit status" in text
+
+
+def test_resume_is_told_the_storage_and_the_cluster_and_nothing_else() -> None:
+    own = command("params.a=1", target="mine.py:train")
+    assert own.words("r", address="127.0.0.1:7", resume=True)[3:] == [
+        *("resume", "r", "--storage", "/somewhere", "--address", "127.0.0.1:7")
+    ]
+    assert own.words("r", address="127.0.0.1:7")[-2:] == ["--address", "127.0.0.1:7"]
 
 
 def test_the_cluster_is_private_and_sums_are_repeatable() -> None:

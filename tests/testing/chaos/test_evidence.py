@@ -110,8 +110,8 @@ def test_points_of_a_backend() -> None:
     assert compare_points("b", logged, [*logged[:-1], ("t_per_sec", 1, 9.0)], Ignored(TIMES)).is_equal
 
 
-def hit(number: int, part: Part, time: float, attempt: int, problems: tuple[str, ...] = ()) -> Hit:
-    return Hit(Strike(number, part, 1, 0.0, 0.0), time, attempt, (1,), 2, problems)
+def hit(number: int, part: Part, time: float, attempt: int, problems: tuple[str, ...] = (), **more: object) -> Hit:
+    return Hit(Strike(number, part, 1, 0.0, 0.0), time, attempt, (1,), 2, problems, **more)  # type: ignore[arg-type]
 
 
 def run_with_three_kills() -> list[Recovery]:
@@ -159,7 +159,7 @@ def evidence(**changes: object) -> Evidence:
 
 def test_the_report_says_what_was_shown() -> None:
     text = as_text(evidence())
-    assert "Kills: 3 of 3 while training went on (20 steps, 3 attempts, seed 0)" in text
+    assert "Faults: 3 of 3 while training went on (20 steps, 3 attempts, seed 0)" in text
     assert "worker (rank 1)" in text
     assert "not read back: its client is not installed" in text
     assert "Values not compared, as they measure time: tokens_per_sec" in text
@@ -172,12 +172,16 @@ def test_the_report_says_what_was_shown() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"wanted": 4}, "only 3 of 4 kills hit while training went on"),
+        ({"wanted": 4}, "only 3 of 4 faults hit while training went on"),
         ({"differences": [Difference("model", 3, "tensors", changed=1, examples=("w differs",))]}, "model: w differs"),
         ({"differences": [Difference("journal", 3, "records", lost=1)]}, "journal differs"),
         (
+            {"recoveries": recoveries([hit(1, Part.DISK, 1.5, 1, outage=3.0)], [], []), "wanted": 0},
+            "fault 1 (disk): the run did not feel it within 3 s",
+        ),
+        (
             {"recoveries": recoveries([hit(1, Part.WORKER, 1.5, 1, ("x is cut",))], [], []), "wanted": 0},
-            "kill 1 (worker): a checkpoint that passed for complete does not verify: x is cut",
+            "fault 1 (worker): a checkpoint that passed for complete does not verify: x is cut",
         ),
     ],
 )
@@ -191,4 +195,14 @@ def test_what_is_no_proof_is_not_called_one(changes: dict[str, object], reason: 
 
 
 def test_a_table_is_aligned() -> None:
-    assert table(("kill", "of"), [("1", "worker"), ("10", "x")]) == ["kill  of", "   1  worker", "  10  x"]
+    assert table(("fault", "of"), [("1", "worker"), ("10", "x")]) == ["fault  of", "    1  worker", "   10  x"]
+
+
+def test_the_report_says_what_was_away_and_what_was_filled_afterwards() -> None:
+    rows = [scalar("loss", step, 0.0)._replace(time=step) for step in range(1, 8)]
+    away = recoveries([hit(1, Part.MLFLOW, 3.5, 1, outage=15.0, noticed="failing")], rows, [])
+    shown = evidence(recoveries=away, wanted=1, synced=["mlflow"])
+    assert "mlflow (away 15 s, failing)" in as_text(shown)
+    assert "filled by `ray-tracking sync`: mlflow" in as_text(shown)
+    assert as_json(shown)["equal"] is True
+    assert as_json(shown)["synced"] == ["mlflow"]

@@ -35,7 +35,7 @@ def test_a_seed_says_it_all() -> None:
 
 
 def test_a_run_that_is_too_short_is_told_so() -> None:
-    with pytest.raises(RunFailedError, match=r"up to step 39: too short for 10 kills[^|]*40 steps"):
+    with pytest.raises(RunFailedError, match=r"up to step 39: too short for 10 faults[^|]*40 steps"):
         draw(list(Part), 10, 39, 0)
     with pytest.raises(RunFailedError, match="up to step 0"):
         draw([Part.WORKER], 1, 0, 0)

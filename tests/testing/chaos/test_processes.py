@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ray_tracking.testing.chaos.plan import Part
-from ray_tracking.testing.chaos.processes import Driver, Process, await_end, descendants, snapshot
+from ray_tracking.testing.chaos.processes import Launched, Process, await_end, descendants, snapshot
 
 FAMILY = '''
 import subprocess, sys, time
@@ -33,13 +33,13 @@ time.sleep(1000)
 
 
 @pytest.fixture
-def family(tmp_path: Path) -> Iterator[Driver]:
-    driver = Driver([sys.executable, "-c", FAMILY, "0.5"], os.environ, tmp_path / "output")
+def family(tmp_path: Path) -> Iterator[Launched]:
+    driver = Launched([sys.executable, "-c", FAMILY, "0.5"], os.environ, tmp_path / "output")
     yield driver
     driver.kill_all()
 
 
-def until(driver: Driver, part: Part) -> list[Process]:
+def until(driver: Launched, part: Part) -> list[Process]:
     end = time.monotonic() + 20
     while time.monotonic() < end:
         if found := driver.find(part):
@@ -57,7 +57,7 @@ def test_descendants_are_found_whatever_their_order() -> None:
     assert descendants([2], table) == []
 
 
-def test_parts_are_found_and_one_alone_is_killed(family: Driver) -> None:
+def test_parts_are_found_and_one_alone_is_killed(family: Launched) -> None:
     (worker,) = until(family, Part.WORKER)
     (tracker,) = until(family, Part.TRACKER)
     worker.send(signal.SIGKILL)
@@ -67,7 +67,7 @@ def test_parts_are_found_and_one_alone_is_killed(family: Driver) -> None:
     assert family.status is None
 
 
-def test_everything_is_killed_with_the_driver_and_nothing_else(family: Driver) -> None:
+def test_everything_is_killed_with_the_driver_and_nothing_else(family: Launched) -> None:
     bystander = subprocess.Popen(["ray::RayTrainWorker.other", "1000"], executable="/bin/sleep")
     try:
         until(family, Part.WORKER)

@@ -1,7 +1,8 @@
 """A run without Ray or torch, to be started as a child: journals steps, keeps helpers with a run's process titles.
 
 `python -m tests.testing.chaos.training_stub STORAGE RUN_ID STEPS HOW` goes on where the run stopped. HOW: `well`,
-`badly` (it ends with an error after 30 steps), `silently` (it logs no step at all).
+`badly` (it ends with an error after 30 steps), `silently` (it logs no step at all), `lingering` (it does not end when
+its run is completed).
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def main(storage: str, run_id: str, steps: int, how: str) -> None:
             sys.exit("no luck at all")
     helper.kill()
     runs.save(runs.load(run_id).finish(time.time(), Status.COMPLETED, "completed"))
+    if how == "lingering":
+        time.sleep(1000)
 
 
 if __name__ == "__main__":
