@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/ray-tracking demo
 
 test: setup
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 slow: setup
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)

@@ -27,6 +27,15 @@ for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
     os.environ.pop(name, None)
 
 
+_LONG = ("runtime", "testing", "cli/test_submitted", "examples", "tracking/faults")
+"""Files whose tests start clusters and servers: first, so that of two processes none is left with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    items.sort(key=lambda item: not item.path.relative_to(here).as_posix().startswith(_LONG))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An empty HOME: no login, no settings of whoever runs the tests."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_tracking.errors import StorageError
@@ -48,31 +48,38 @@ class Problem:
 
 
 def examine(nodes: Sequence[Node], storage: Storage, environment: Mapping[str, str]) -> list[HostReport]:
-    """Ask one node of each host; in the order of the answers. Stops at the first that sees another storage.
+    """Ask each host, in the order of the answers. Stops at the first that sees another storage.
 
     `environment`: of the driver, what workers get too. Raises StorageError if the probe can't be written here.
     """
-    one_each = {node.host: node for node in nodes}
     name, content = f"probe-{secrets.token_hex(8)}", secrets.token_bytes(16)
     storage.write_bytes(name, content)
     look = ray.remote(_look(storage.uri, name, content, dict(environment)))
+
+    def ask(node: Node) -> Any:
+        affinity = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+        return look.options(num_cpus=0, max_retries=0, scheduling_strategy=affinity).remote()
+
     try:
-        waiting = {
-            look.options(
-                num_cpus=0,
-                max_retries=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False),
-            ).remote(): host
-            for host, node in one_each.items()
-        }
-        return _gather(waiting)
+        return gather(by_host(nodes), ask)
     finally:
         with contextlib.suppress(StorageError):
             storage.delete(name)
 
 
-def _gather(waiting: dict[Any, str]) -> list[HostReport]:
+def by_host(nodes: Iterable[Node]) -> dict[str, list[Node]]:
+    """Each host's nodes. One that was started again a moment ago has two: Ray takes the old one for alive a while."""
+    hosts: dict[str, list[Node]] = {}
+    for node in nodes:
+        hosts.setdefault(node.host, []).append(node)
+    return hosts
+
+
+def gather(hosts: Mapping[str, list[Node]], ask: Callable[[Node], Any]) -> list[HostReport]:
+    """The answer of one node of each host; of the next one where that has gone. `ask` begins a task on a node."""
     reports: list[HostReport] = []
+    others = {host: list(nodes) for host, nodes in hosts.items()}
+    waiting = {ask(nodes.pop()): host for host, nodes in others.items()}
     end = time.monotonic() + ANSWER_SECONDS
     while waiting:
         done, _ = ray.wait(list(waiting), timeout=max(end - time.monotonic(), 0.0))
@@ -83,13 +90,22 @@ def _gather(waiting: dict[Any, str]) -> list[HostReport]:
             host = waiting.pop(reference)
             try:
                 reports.append(HostReport(host, **ray.get(reference)))
+            except (TaskUnschedulableError, NodeDiedError) as error:
+                if others[host]:
+                    waiting[ask(others[host].pop())] = host
+                else:
+                    reports.append(HostReport(host, error=f"it has just left the cluster ({_last_line(error)})"))
             except RayError as error:
-                reports.append(HostReport(host, error=str(error).strip().splitlines()[-1]))
-        if reports[-1].storage:
+                reports.append(HostReport(host, error=_last_line(error)))
+        if any(report.storage for report in reports):
             for reference in waiting:
                 ray.cancel(reference, force=True)
             return reports
     return reports
+
+
+def _last_line(error: RayError) -> str:
+    return str(error).strip().splitlines()[-1].rstrip(".")
 
 
 def _look(uri: str, name: str, content: bytes, environment: dict[str, str]) -> Callable[[], dict[str, Any]]:

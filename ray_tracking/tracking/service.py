@@ -39,6 +39,9 @@ from ray_tracking.tracking.tail import Tail
 
 log = get_logger()
 
+_HUNG_SECONDS = 60.0
+"""Within which a failure of the workers is put down to a rank that was found to hang."""
+
 _SUMMARY_SECONDS = 5.0
 _KEEPER_SECONDS = 10.0
 
@@ -85,6 +88,7 @@ class TrackerService:
         self._stop_requested = False
         self._hopeless: str | None = None
         self._roll = Roll()
+        self._hung = "", 0.0
         self._tracking = section(ExperimentTrackingConfig, self.spec.tracking)
         self._deliveries, self._unavailable = self._start_deliveries(root)
         self._keeper = threading.Thread(target=self._keep, name="ray-tracking-keeper", daemon=True)
@@ -103,7 +107,11 @@ class TrackerService:
 
     def hear_rank(self, group: str, rank: int, world_size: int, report: Report, limit: float) -> Verdict | None:
         """What a rank says of its training thread; what is to be done about ranks that hang, by their own `limit`."""
-        return self._roll.hear(group, rank, world_size, report, limit, time.monotonic())
+        now = time.monotonic()
+        verdict = self._roll.hear(group, rank, world_size, report, limit, now)
+        if verdict is not None:
+            self._hung = verdict.text, now
+        return verdict
 
     def hopeless(self) -> str | None:
         """The message of `give_up`, None if nobody has. Raises LeaseLostError if another process writes the run."""
@@ -124,7 +132,14 @@ class TrackerService:
         return number
 
     def end_attempt(self, reason: str) -> None:
-        """The workers have failed, for this reason; whether they are started again is not known yet."""
+        """The workers have failed, for this reason; whether they are started again is not known yet.
+
+        A rank that hangs and can't end by itself is killed, and its death may be heard of first: the cause is the hang.
+        """
+        hung, when = self._hung
+        self._hung = "", 0.0
+        if hung and time.monotonic() - when < _HUNG_SECONDS:
+            reason = hung
         log.warning("the workers failed", reason=reason)
         self._records.change(lambda record: record.end_attempt(time.time(), reason))
 

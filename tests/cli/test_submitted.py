@@ -320,6 +320,7 @@ def assert_no_secret(ray: Ray) -> None:
         assert ray.token.read_bytes() not in answer.content, path
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_started_again_and_goes_on(cli: Cli, project: Path, store: RunStore) -> None:
     arguments = ("submit", "train", "job.py:fail_once", "--follow", "--retries", "1", *options("once", 1))
     done = cli(*arguments)

@@ -17,7 +17,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, TensorDataset
 
 from ray_tracking import Run
+from ray_tracking.checkpoint import CheckpointStore
 from ray_tracking.errors import UsageError
+from ray_tracking.runs.store import RunStore
+from ray_tracking.storage import Storage
 
 
 def data() -> TensorDataset:
@@ -58,10 +61,20 @@ def _die_once(run: Run) -> None:
     if marker.exists():
         return
     time.sleep(1.0)  # until the checkpoint before is written: what is tested is the resume, not the race
+    _await_checkpoint(run)
     marker.touch()
     if run.params["how"] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     raise ValueError("a bug in the training function, with password=hunter2hunter2")
+
+
+def _await_checkpoint(run: Run) -> None:
+    """A slow storage on a busy machine may have none yet."""
+    runs, end = RunStore(Storage.open(run.config.storage)), time.monotonic() + 60
+    while run.params.get("await_checkpoint") and time.monotonic() < end:
+        if any(CheckpointStore(runs.directory(name)).checkpoints() for name in runs.ids()):
+            return
+        time.sleep(0.2)
 
 
 def always_fails(run: Run) -> None:

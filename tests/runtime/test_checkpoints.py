@@ -59,6 +59,7 @@ def given(storage: Path, run_id: str) -> dict[int, Counter[int]]:
     return epochs
 
 
+@pytest.mark.slow
 def test_from_two_workers_to_one_and_to_four(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Every sample of an epoch exactly once, whatever the number of workers that shared it."""
     manager = TrainingManager(config(tmp_path, 2, {"stop_in_step": 7}))
@@ -136,6 +137,7 @@ def test_a_damaged_checkpoint_on_resume_leaves_one_curve(tmp_path: Path) -> None
         assert sorted((key, step) for key, step, _ in points) == logged, name
 
 
+@pytest.mark.slow
 def test_sharded_by_fsdp(tmp_path: Path) -> None:
     """Each rank stores its shard; after a failure training goes on to the same end, bit for bit."""
     params = {"parallel": "fsdp", "marker": str(tmp_path / "died"), "how": "raise"}
@@ -155,7 +157,7 @@ def test_sharded_by_fsdp(tmp_path: Path) -> None:
 def test_a_whole_run_on_s3(tmp_path: Path, s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Journal, checkpoints and Ray's own run directory on a real S3 server; a worker dies and training goes on."""
     monkeypatch.chdir(tmp_path)
-    params = {"epochs": 2, "die_at": 9, "how": "kill", "marker": str(tmp_path / "died")}
+    params = {"epochs": 2, "die_at": 9, "how": "kill", "marker": str(tmp_path / "died"), "await_checkpoint": True}
     settings = {"storage": s3_uri, "failure.max_failures": 1, "training.default.save_total_limit": 2}
     result = TrainingManager(config(tmp_path, 2, params, **settings)).fit(functions.regression)
     assert result.status == "completed"

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from ray_tracking.runtime.hosts import HostReport, differences, judge
+from ray_tracking.runtime.capacity import Node
+from ray_tracking.runtime.hosts import HostReport, by_host, differences, gather, judge
 
 OURS = {"python": "3.11.2", "ray": "2.60.0", "ray-tracking": "0.1.0", "torch": "2.13.0"}
 
@@ -39,3 +42,27 @@ def test_credentials_of_the_storage_are_not_shown() -> None:
 
 def test_what_the_driver_itself_lacks_is_not_asked_of_others() -> None:
     assert differences({"python": "3.11.2"}, OURS) == []
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_of_a_host_that_was_started_again_the_node_that_lives_is_asked() -> None:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    gone = "f" * len(here)
+    nodes = [Node(here, "h1", {}), Node(gone, "h1", {}), Node(gone, "h2", {})]
+
+    @ray.remote
+    def look() -> dict[str, Any]:
+        return {"versions": OURS}
+
+    def ask(node: Node) -> Any:
+        affinity = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+        return look.options(num_cpus=0, max_retries=0, scheduling_strategy=affinity).remote()
+
+    reports = {report.host: report for report in gather(by_host(nodes), ask)}
+    assert reports["h1"] == HostReport("h1", OURS)
+    assert "has just left the cluster" in reports["h2"].error
+    assert len(judge(reports.values(), "/runs", OURS)) == 1

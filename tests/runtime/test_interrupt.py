@@ -19,7 +19,7 @@ from ray_tracking.storage import Storage
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_aborts_the_run_in_order(tmp_path: Path, number: signal.Signals) -> None:
     marker = tmp_path / "begun"
     command = [

@@ -77,7 +77,7 @@ def settings(storage: str, run_id: str, memory_copy: str, **more: object) -> obj
     )
 
 
-@pytest.mark.parametrize("where", ["a folder", "S3"])
+@pytest.mark.parametrize("where", [pytest.param("a folder", marks=pytest.mark.slow), "S3"])
 def test_a_killed_worker_restores_from_memory(
     where: str, tmp_path: Path, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]
 ) -> None:

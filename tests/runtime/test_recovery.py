@@ -110,6 +110,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on(
     assert_like(undisturbed, tmp_path)
 
 
+@pytest.mark.slow
 def test_crashes_with_progress_are_forgiven_and_a_loop_is_ended(tmp_path: Path, ray_cluster: None) -> None:
     faults = [["die", 1, 1, 6], ["die", 2, 0, 11], ["die", None, 1, 14]]
     with pytest.raises(RunFailedError, match="2 times in a row without a new checkpoint since that of step 12"):
@@ -119,6 +120,7 @@ def test_crashes_with_progress_are_forgiven_and_a_loop_is_ended(tmp_path: Path, 
     assert record(tmp_path).status == "failed"
 
 
+@pytest.mark.slow
 def test_a_preemption_is_saved_for_twice_and_costs_no_try(tmp_path: Path, undisturbed: Path) -> None:
     """At the notice and shortly before the deadline; then Ray starts the workers again, at max_failures: 0."""
     faults = [["preempted", 1, None, 3]]
@@ -184,6 +186,7 @@ def start(folder: Path, *arguments: Any, **options: Any) -> subprocess.Popen[str
     )
 
 
+@pytest.mark.slow
 def test_a_sigterm_saves_a_last_checkpoint(tmp_path: Path, undisturbed: Path) -> None:
     process = start(tmp_path, [])
     try:

@@ -117,7 +117,7 @@ def test_a_completed_run_is_not_written_on(whole: tuple[Path, Any]) -> None:
 @pytest.mark.parametrize(
     ("how", "rank", "save_steps", "die_at", "resumed"),
     # Every step saved: far faster than Ray registers checkpoints, which must not hold back their writing.
-    [("kill", 1, 1, 40, 39), ("raise", 0, 5, 19, 15)],
+    [("kill", 1, 1, 40, 39), pytest.param("raise", 0, 5, 19, 15, marks=pytest.mark.slow)],
 )
 def test_a_run_that_dies_goes_on_to_the_same_end(
     whole: tuple[Path, Any], tmp_path: Path, how: str, rank: int, save_steps: int, die_at: int, resumed: int

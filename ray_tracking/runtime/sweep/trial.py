@@ -23,6 +23,7 @@ from ray_tracking.journal.reader import JournalReader
 from ray_tracking.runs.store import RunStore
 from ray_tracking.runtime.context import Run
 from ray_tracking.runtime.failures import is_hopeless
+from ray_tracking.runtime.stopping import STOPPED
 from ray_tracking.runtime.sweep.hub import Begun, TrialHandle, reason_in_words
 from ray_tracking.runtime.worker import WorkerTask, work
 from ray_tracking.storage import Storage
@@ -35,6 +36,10 @@ _JOURNAL_SECONDS = 120.0
 
 class TrialDivergedError(UsageError):
     """The metric that is searched for is no longer a number: training on would be in vain."""
+
+
+class TrialStoppedError(UsageError):
+    """Somebody asked this trial to end early (`ray-tracking stop`); it is not tried again."""
 
 
 class TrialFailedError(RunFailedError):
@@ -59,7 +64,8 @@ def run_trial(hub: Any, params: Mapping[str, Any]) -> None:
     reporter = TuneReporter(task.config.training.default.monitor, directory)
     task = replace(task, run_id=begun.run_id, config=config, actor=TrialHandle(hub, begun.run_id), reporter=reporter)
     try:
-        work({"task": task, "place": InTrial(config.scaling.use_gpu)})
+        if work({"task": task, "place": InTrial(config.scaling.use_gpu)}) == STOPPED:
+            raise TrialStoppedError("stopped by request")
         reporter.finish()
     except Exception as error:
         reason = reason_in_words(error)
