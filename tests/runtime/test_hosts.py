@@ -51,7 +51,7 @@ def test_of_a_host_that_was_started_again_the_node_that_lives_is_asked() -> None
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = ray.get_runtime_context().get_node_id()
-    gone = "f" * len(here)
+    gone = "ab" * (len(here) // 2)
     nodes = [Node(here, "h1", {}), Node(gone, "h1", {}), Node(gone, "h2", {})]
 
     @ray.remote
