@@ -7,14 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
-from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
 from ray_tracking.errors import BackendError
 from ray_tracking.testing.backends import Point
 from ray_tracking.tracking.backends.mlflow_names import original_name
-from ray_tracking.tracking.backends.wandb_rows import COMPANION, value_of
+from ray_tracking.tracking.backends.wandb_rows import COMPANION, run_files, value_of
 
 _ALL = {"scalars": 0, "tensors": 0, "images": 0, "histograms": 0, "compressedHistograms": 0, "audio": 0}
 _MLFLOW_LARGEST = 1.7976931348623157e308  # its SQL store has no infinity
@@ -64,8 +63,8 @@ def _mlflow_value(value: float) -> float:
 
 
 def wandb_files(folder: str | Path, run_id: str) -> list[str]:
-    """The run's offline files below a `wandb` folder, oldest first."""
-    return sorted(glob(os.path.join(escape(str(folder)), f"offline-run-*-{escape(run_id)}", f"run-{run_id}.wandb")))
+    """The run's files below a `wandb` folder, oldest first."""
+    return run_files(str(folder), run_id)
 
 
 def wandb_records(folder: str | Path, run_id: str, *, whole: bool = True) -> list[dict[str, Any]]:

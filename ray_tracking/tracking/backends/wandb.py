@@ -29,7 +29,7 @@ log = get_logger()
 
 _RUN_ID_REFUSED = re.compile(r"[^A-Za-z0-9_.-]")
 _KEY_REFUSED = re.compile(rf"^_|{re.escape(COMPANION)}$|[\ud800-\udfff]")
-_FILE_SECONDS = 30.0
+_FILE_SECONDS = 10.0
 _TEXT_LIMIT = 65_536
 _TAG_LIMIT = 64
 _KEY_LIMIT = 1000

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from glob import escape, glob
 
 from ray_tracking.errors import BackendError
-from ray_tracking.tracking.backends.wandb_rows import held_offset
+from ray_tracking.tracking.backends.wandb_rows import held_offset, run_files
 
 _HINT = "Check that the folder is writable and has space."
 _PROBE_BYTES = 1 << 16
@@ -36,8 +35,7 @@ class FileWatch:
         return self._verified >= sent_before
 
     def _size(self) -> int:
-        paths = glob(os.path.join(escape(self._folder), f"*run-*-{escape(self._run_id)}", "*.wandb"))
-        return sum(map(os.path.getsize, paths))
+        return sum(map(os.path.getsize, run_files(self._folder, self._run_id)))
 
 
 def check_writable(folder: str) -> None:

@@ -58,9 +58,19 @@ class Rows:
         self._taken = set()
 
 
+def run_files(folder: str, run_id: str) -> list[str]:
+    """The run's `.wandb` files below `folder`, oldest first.
+
+    W&B numbers the folders of a run that is opened twice within a second (`...-ID-1`), which another run's id may look
+    like: only the file's own name tells.
+    """
+    paths = glob(os.path.join(escape(folder), f"*run-*-{escape(run_id)}*", f"run-{escape(run_id)}.wandb"))
+    return sorted(paths, key=os.path.dirname)
+
+
 def held_offset(folder: str, run_id: str) -> int | None:
     """The journal offset up to which the run's files below `folder` hold rows; -1: no row, None: no file."""
-    paths = sorted(glob(os.path.join(escape(folder), f"*run-*-{escape(run_id)}", f"run-{escape(run_id)}.wandb")))
+    paths = run_files(folder, run_id)
     for path in reversed(paths):
         blocks = os.path.getsize(path) // _BLOCK
         for start in sorted({max(0, blocks - _TAIL_BLOCKS), 0}, reverse=True):

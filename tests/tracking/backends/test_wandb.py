@@ -15,7 +15,7 @@ from ray_tracking.errors import BackendRefusedError
 from ray_tracking.records import Artifact, Histogram, Kind
 from ray_tracking.tracking.backends.base import RunInfo
 from ray_tracking.tracking.backends.wandb import WandbBackend
-from ray_tracking.tracking.backends.wandb_rows import held_offset
+from ray_tracking.tracking.backends.wandb_rows import held_offset, run_files
 from tests.readback import comparable, wandb_files, wandb_points, wandb_records, wandb_rows
 from tests.tracking.backends.records import grid, png, record, scalars
 
@@ -53,7 +53,6 @@ def test_reopened_by_a_later_process(run_info: RunInfo) -> None:
     identity = first.open(run_info, None)
     first.write(scalars(grid(range(1, 11))))
     first.close("interrupted")
-    time.sleep(1.1)  # W&B names its folder by the second
     second = WandbBackend()
     assert second.open(run_info, identity) == identity
     assert second.position() == 29
@@ -125,6 +124,20 @@ else:
 backend.write(scalars(grid(range(1, 301))))
 backend.close("completed")
 """
+
+
+def test_files_of_a_run_that_was_opened_twice_within_a_second_are_all_its_own(tmp_path: Path) -> None:
+    """W&B numbers the second folder, which then looks like that of a run called `r1-1`."""
+    folders = ["offline-run-20260101_000001-r1", "offline-run-20260101_000001-r1-1", "offline-run-20260101_000002-r1"]
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "run-r1.wandb").touch()
+    other = tmp_path / "offline-run-20260101_000001-r1-2"
+    other.mkdir()
+    (other / "run-r1-2.wandb").touch()
+    assert run_files(str(tmp_path), "r1") == [str(tmp_path / folder / "run-r1.wandb") for folder in folders]
+    assert run_files(str(tmp_path), "r1-2") == [str(other / "run-r1-2.wandb")]
+    assert run_files(str(tmp_path), "r") == []
 
 
 def test_held_offset_needs_only_the_files_end(run_info: RunInfo) -> None:
