@@ -101,7 +101,7 @@ class Sender:
 
         def log_metrics(metrics: dict[str, Any], step: int | None = None) -> None:
             try:
-                if type(sum(metrics.values(), 0.0)) is float:
+                if metrics and type(sum(metrics.values(), 0.0)) is float:
                     if step is None:
                         append((name, clock.step, now(), metrics.copy()))
                         return

@@ -84,6 +84,20 @@ def test_many_threads_lose_nothing() -> None:
     assert found == {(f"t{n}", float(i)): 1 for n in range(4) for i in range(200)}
 
 
+def test_nothing_logged_is_nothing_to_wait_for() -> None:
+    """It makes no row, so that nothing would ever acknowledge it."""
+    tracker = FakeTracker()
+    sender = make(tracker)
+    log_metrics = sender.metrics_logger(Clock())
+    log_metrics({})
+    log_metrics({"a": 1.0})
+    log_metrics({})
+    log_metrics({}, 7)
+    assert sender.flush(5)
+    assert sender.close() == 0
+    assert [event.payload for event in tracker.events] == [{"a": 1.0}]
+
+
 def test_in_place_changes_afterwards_change_nothing() -> None:
     tracker = FakeTracker()
     sender = make(tracker, interval=60.0)
