@@ -39,12 +39,15 @@ def copy_all(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
     threads = min(torch.get_num_threads(), _MOST_THREADS, len(blocks))
     helpers = [_pool().submit(take) for _ in range(threads - 1)]
-    if others:
-        with torch.no_grad():
-            torch._foreach_copy_([target for target, _ in others], [source for _, source in others])
-    take()
-    for helper in helpers:
-        helper.result()
+    try:
+        if others:
+            with torch.no_grad():
+                torch._foreach_copy_([target for target, _ in others], [source for _, source in others])
+        take()
+    finally:
+        blocks.clear()  # after an error, the caller may free what these addresses point to
+        for helper in helpers:
+            helper.result()
 
 
 def _are_alike(target: torch.Tensor, source: torch.Tensor) -> bool:

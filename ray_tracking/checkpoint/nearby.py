@@ -145,7 +145,11 @@ class _CopiedWriting(Writing):
         self._file_copy.write(block)
 
     def commit(self) -> None:
-        self._real.commit()
+        try:
+            self._real.commit()
+        except Exception:
+            self._file_copy.abandon()
+            raise
         self._file_copy.commit()
 
     def abandon(self) -> None:

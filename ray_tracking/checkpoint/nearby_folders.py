@@ -75,9 +75,13 @@ def claim(directory: Storage, shared: Path = SHARED_MEMORY) -> Claim:
                 raise PermissionError(f"{base} is not a folder of this user that is closed to others")
             path.mkdir(mode=0o700, exist_ok=True)
             file = _locked(path, fcntl.LOCK_SH)
-            os.ftruncate(file, 0)
-            os.pwrite(file, without_credentials(directory.uri).encode(), 0)
-            os.utime(file)
+            try:
+                os.ftruncate(file, 0)
+                os.pwrite(file, without_credentials(directory.uri).encode(), 0)
+                os.utime(file)
+            except OSError:
+                os.close(file)  # and with it the lock, which says that the folder is in use
+                raise
             return Claim(path, file)
         time.sleep(_PAUSE_SECONDS)
     raise TimeoutError(f"{path} is locked by another process")

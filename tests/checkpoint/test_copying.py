@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import ctypes
+import threading
+import time
+
 import pytest
 import torch
 
+from ray_tracking.checkpoint import copying
 from ray_tracking.checkpoint.copying import copy_all
 
 
@@ -31,3 +36,26 @@ def test_every_kind_of_pair_is_copied(threads: int) -> None:
 def test_what_a_thread_raises_is_raised() -> None:
     with pytest.raises(RuntimeError):
         copy_all([(torch.zeros(2), torch.zeros(3))])
+
+
+def test_no_thread_copies_on_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller may free the memory then."""
+    copied = []
+
+    class Slow:
+        @staticmethod
+        def memmove(*block: int) -> None:
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            time.sleep(0.2)
+            ctypes.memmove(*block)
+            copied.append(block)
+
+    monkeypatch.setattr(copying, "ctypes", Slow)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    source = torch.rand(64 << 20)
+    with pytest.raises(KeyboardInterrupt):
+        copy_all([(torch.empty_like(source), source)])
+    before = len(copied)
+    time.sleep(0.5)
+    assert len(copied) == before < 16

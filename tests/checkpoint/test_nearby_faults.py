@@ -15,7 +15,9 @@ from ray_tracking.checkpoint import nearby as module
 from ray_tracking.checkpoint.nearby import Nearby
 from ray_tracking.checkpoint.node_memory import NodeMemory
 from ray_tracking.checkpoint.store import CheckpointStore
+from ray_tracking.errors import StorageError
 from ray_tracking.storage import Storage
+from ray_tracking.writing import Writing
 
 from .copies import copied, restored, save, write_part
 from .faults import Killed, KillingStorage, kill_points
@@ -106,6 +108,27 @@ def test_killed_at_any_operation_of_a_copy(tmp_path: Path, root: Path, monkeypat
         if survived and killing.count < number:
             break
     assert number > 12
+
+
+def test_a_commit_that_fails_leaves_nothing_in_memory(tmp_path: Path) -> None:
+    """A file without a name keeps its memory for as long as it is open."""
+
+    class Failing(Writing):
+        def __init__(self) -> None: ...
+
+        def write(self, block: bytes | memoryview) -> None: ...
+
+        def commit(self) -> None:
+            raise StorageError("the last part was refused")
+
+        def abandon(self) -> None: ...
+
+    before = os.listdir("/proc/self/fd")
+    copy = module._FileCopy(str(tmp_path / "part"), 0, lambda size: True)
+    with pytest.raises(StorageError), module._CopiedWriting(Failing(), copy) as writing:
+        writing.write(b"x" * 1000)
+    assert os.listdir(tmp_path) == []
+    assert os.listdir("/proc/self/fd") == before
 
 
 @pytest.mark.parametrize("when", ["before", "during", "after"])
