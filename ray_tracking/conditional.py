@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SETTLE_SECONDS = 3.0
 """Without conditional writes: how long after a write another one may still overwrite it."""
 
-_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
+NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 _EXISTS = frozenset({"PreconditionFailed", "412"})
 _CONFLICT = frozenset({"ConditionalRequestConflict", "409"})
 _TRIES = 5
@@ -55,7 +55,7 @@ def _link_new(path: str, data: bytes) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in NO_LINKS:
             raise
         return _open_new(path, data)
     finally:

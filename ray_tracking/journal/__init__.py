@@ -6,8 +6,8 @@ all attempts. Durable before it is acknowledged. May import `records`, `errors` 
 
 from __future__ import annotations
 
-from ray_tracking.journal.lineage import resumes, shown_before
+from ray_tracking.journal.lineage import resumes
 from ray_tracking.journal.reader import JournalReader
 from ray_tracking.journal.writer import JournalWriter
 
-__all__ = ["JournalReader", "JournalWriter", "resumes", "shown_before"]
+__all__ = ["JournalReader", "JournalWriter", "resumes"]

@@ -93,29 +93,6 @@ def effective_records(records: Iterable[Record]) -> list[Record]:
     ]
 
 
-def shown_before(table: pa.Table, attempt: int) -> set[Point]:
-    """The points from the resumed step on that earlier attempts had journaled when `attempt` began.
-
-    A backend that can't forget has been shown them: when `attempt` logs one again, it is held back there.
-    The resumed step itself is in: what was logged after its checkpoint may be logged again.
-    """
-    began = pc.equal(table.column("kind").cast(pa.string()), Kind.ATTEMPT.value)
-    mine = table.filter(pc.and_(began, pc.equal(table.column("attempt"), attempt)))
-    if not mine.num_rows:
-        return set()
-    offset, step = mine.column("offset")[-1], mine.column("step")[-1]
-    earlier = table.filter(
-        pc.and_(
-            pc.and_(pc.less(table.column("offset"), offset), pc.less(table.column("attempt"), attempt)),
-            pc.and_(pc.greater_equal(table.column("step"), step), pc.invert(began)),
-        )
-    )
-    columns = (earlier.column(name).to_pylist() for name in ("kind", "key", "step", "rank"))
-    return {
-        (Kind(kind), key, step, rank) for kind, key, step, rank in zip(*columns, strict=True) if kind not in STEPLESS
-    }
-
-
 def _codes(table: pa.Table, name: str) -> tuple[_Integers, list[str]]:
     """[N] int64 codes of a dictionary or string column, and the words they stand for."""
     column = table.column(name)

@@ -89,10 +89,6 @@ class JournalReader:
             kept = np.isin(table.column("offset").to_numpy(), offsets, assume_unique=True)
             yield from records_of_table(table.filter(pa.array(kept)))
 
-    def shown_before(self, attempt: int) -> set[lineage.Point]:
-        """See `lineage.shown_before`."""
-        return lineage.shown_before(self._table(lineage.COLUMNS), attempt)
-
     def resumes(self) -> dict[int, int]:
         """attempt -> the step it resumed from, -1 for a fresh start."""
         return lineage.resumes(self._table(("attempt", "kind", "step")))

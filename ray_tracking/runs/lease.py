@@ -178,9 +178,10 @@ class LeaseKeeper:
             except LeaseLostError as error:
                 self._tell(error)
                 return
-            except RayTrackingError as error:
+            except Exception as error:  # noqa: BLE001 - without this thread a run that is well would pass for dead
                 if not failed:
-                    log.warning("the lease of the run can't be renewed; trying again", error=str(error))
+                    said = str(error) or type(error).__name__
+                    log.warning("the lease of the run can't be renewed; trying again", error=said)
                 failed = True
 
 

@@ -37,11 +37,16 @@ def this_process() -> Process:
     return Process(socket.gethostname(), pid, boot, namespace, start or "")
 
 
+def is_here(process: Process, here: Process) -> bool:
+    """Whether its number means the same process to `here`."""
+    return (process.host, process.boot, process.namespace) == (here.host, here.boot, here.namespace)
+
+
 def is_certainly_dead(process: Process, here: Process) -> bool:
     """Whether that process is known to have ended. False whenever it can't be known from where `here` runs."""
     if not (process.boot and process.namespace and process.started):
         return False
-    if (process.host, process.boot, process.namespace) != (here.host, here.boot, here.namespace):
+    if not is_here(process, here):
         return False
     try:
         os.kill(process.pid, 0)

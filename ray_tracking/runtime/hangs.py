@@ -23,7 +23,7 @@ from typing import Any
 
 from ray_tracking.errors import RayTrackingError, RunFailedError
 from ray_tracking.log import get_logger
-from ray_tracking.runs.process import Process, is_certainly_dead, this_process
+from ray_tracking.runs.process import Process, is_certainly_dead, is_here, this_process
 from ray_tracking.tracking.hangs import Report, Verdict
 from ray_tracking.tracking.transport import Transport, TransportError
 
@@ -198,7 +198,7 @@ def all_stacks(first: int) -> str:
 
 def stack_of(process: Process, rank: int) -> str:
     """The stack of another rank that doesn't answer, if py-spy is installed on its host and may look."""
-    if not _is_here(process):
+    if not is_here(process, this_process()):
         return f"rank {rank}: no stack could be had, it runs on another host"
     if is_certainly_dead(process, this_process()):
         return f"rank {rank}: no stack could be had, its process has ended"
@@ -208,14 +208,9 @@ def stack_of(process: Process, rank: int) -> str:
 
 def end(process: Process) -> None:
     """Kill a process, if it is on this host and still the one that is meant."""
-    if _is_here(process) and not is_certainly_dead(process, this_process()):
+    if is_here(process, this_process()) and not is_certainly_dead(process, this_process()):
         with suppress(ProcessLookupError, PermissionError):
             os.kill(process.pid, signal.SIGKILL)
-
-
-def _is_here(process: Process) -> bool:
-    here = this_process()
-    return (process.host, process.boot, process.namespace) == (here.host, here.boot, here.namespace)
 
 
 def _dumped(pid: int) -> str:

@@ -37,8 +37,8 @@ _QUIET_SECONDS = 60.0
 """One that fails again and again is not warned of more often."""
 _CLOSINGS = 3
 """Tries to close a backend."""
-_FOREIGN = (Exception, SystemExit)
-"""What a backend may raise: it is foreign code, and all of it stays with it."""
+_FOREIGN = BaseException
+"""What a backend may raise: it is foreign code, and all of it stays here, a cancelled task or a panic too."""
 
 NOT_FOR_BACKENDS = frozenset({Kind.ATTEMPT, Kind.RANK_SCALAR})
 
@@ -136,9 +136,11 @@ class Delivery:
 
     def save_if_hanging(self) -> None:
         """Write what the thread itself can't write while it hangs. For another thread, every few seconds."""
-        state = self.state
+        called, state = self._called, self.state
         if state.state is BackendState.HANGING:
             self._announce("backend hangs; training goes on", error=state.error)
+            if self._called is not called:
+                return  # the call has just come back
             self.cursor.state, self.cursor.error = state.state, state.error
             self._save()
 

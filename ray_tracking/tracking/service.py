@@ -109,7 +109,7 @@ class TrackerService:
         """What a rank says of its training thread; what is to be done about ranks that hang, by their own `limit`."""
         now = time.monotonic()
         verdict = self._roll.hear(group, rank, world_size, report, limit, now)
-        if verdict is not None:
+        if verdict is not None and rank in verdict.actors:  # only these end the group
             self._hung = verdict.text, now
         return verdict
 
@@ -122,6 +122,7 @@ class TrackerService:
         """A worker group has started: its attempt number."""
         record = self._records.commit(lambda record: record.begin_attempt(time.time(), world_size))
         number = record.attempts[-1].number
+        self._hung = "", 0.0
         self._left_over.append(self._reducer)
         self._reducer = RankReducer(number, world_size)
         self._writer.begin_attempt(number)
@@ -139,6 +140,7 @@ class TrackerService:
         hung, when = self._hung
         self._hung = "", 0.0
         if hung and time.monotonic() - when < _HUNG_SECONDS:
+            log.info("put down to the rank that hung", heard=reason)
             reason = hung
         log.warning("the workers failed", reason=reason)
         self._records.change(lambda record: record.end_attempt(time.time(), reason))

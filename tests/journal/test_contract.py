@@ -85,7 +85,6 @@ def test_an_empty_journal(any_storage):
     reader = JournalReader(any_storage)
     assert (reader.next_offset, reader.read(), reader.effective().num_rows) == (0, [], 0)
     assert list(reader.effective_records()) == []
-    assert reader.shown_before(2) == set()
     writer = JournalWriter(any_storage, 1)
     assert (writer.append([]), writer.merge(), writer.last_seq(1, 0)) == ([], 0, 0)
     writer.compact()

@@ -80,19 +80,6 @@ def test_it_does_not_matter_how_the_rows_are_cut_into_segments(rows, size):
     assert lineage.effective_mask(whole).tolist() == lineage.effective_mask(table(rows)).tolist()
 
 
-@settings(max_examples=200, deadline=None)
-@given(journals(), st.integers(1, 4))
-def test_what_was_shown_before_an_attempt(rows, attempt):
-    marks = [row for row in rows if row.kind is Kind.ATTEMPT and row.attempt == attempt]
-    expected = {
-        (row.kind, row.key, row.step, row.rank)
-        for mark in marks
-        for row in rows[: mark.offset]
-        if row.kind in (Kind.SCALAR, Kind.TEXT) and row.attempt < attempt and row.step >= mark.step
-    }
-    assert lineage.shown_before(table(rows), attempt) == expected
-
-
 def test_a_resume_supersedes_what_lies_past_it():
     rows = schema.number(
         [

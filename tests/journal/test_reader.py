@@ -112,4 +112,3 @@ def test_effective_records_of_some_kinds_in_order(storage):
     assert everything[1].data == image.data
     assert [r.data for r in reader.effective_records({Kind.PARAM, Kind.IMAGE})] == [image.data, b"0.2"]
     assert reader.resumes() == {1: -1, 2: 2}
-    assert reader.shown_before(2) == {(Kind.IMAGE, "digits", 2, 0), (Kind.SCALAR, "loss", 3, 0)}

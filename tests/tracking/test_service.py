@@ -17,12 +17,14 @@ from ray_tracking.errors import RefusedError, StorageError
 from ray_tracking.journal.reader import JournalReader
 from ray_tracking.records import Kind, Record
 from ray_tracking.runs import stopping
+from ray_tracking.runs.process import Process
 from ray_tracking.runs.record import Status
 from ray_tracking.runs.store import RunStore
 from ray_tracking.runs.summary import Summary
 from ray_tracking.storage import Storage
 from ray_tracking.tracking import service as service_module
 from ray_tracking.tracking.cursor import BackendState, Cursor
+from ray_tracking.tracking.hangs import Report
 from ray_tracking.tracking.service import TrackerService
 from ray_tracking.tracking.spec import TrackerSpec
 from ray_tracking.tracking.transport import pack
@@ -455,3 +457,44 @@ def test_a_request_to_stop_reaches_the_workers(start: Any, tmp_path: Path) -> No
     wait_until(lambda: service.report_progress({"step": 2}), 10.0)
     again = start()  # a tracker that is restarted meanwhile learns of it too
     wait_until(lambda: again.report_progress({"step": 3}), 10.0)
+
+
+def hung(rank: int, waits: bool, idle: float = 20.0) -> Report:
+    return Report(5, idle, computes=False, waits=waits, patient=False, process=Process("h", 10 + rank))
+
+
+def reason(tmp_path: Path) -> str | None:
+    return RunStore(Storage.open(tmp_path)).load("run-1").attempts[-1].reason
+
+
+def test_a_hang_is_the_cause_even_if_the_end_of_the_rank_is_heard_of_first(start: Any, tmp_path: Path) -> None:
+    service = start()
+    service.begin_attempt(2)
+    assert service.hear_rank("g", 0, 2, hung(0, waits=True), 10.0) is None
+    verdict = service.hear_rank("g", 1, 2, hung(1, waits=False), 10.0)
+    assert verdict.actors == (1,)
+    service.end_attempt("rank 1: the worker process died")
+    assert "hung" in (reason(tmp_path) or "")
+
+
+def test_a_hang_is_not_the_cause_of_what_comes_later(start: Any, tmp_path: Path) -> None:
+    """Ranks of the group that is being ended go on hearing of it; the next attempt fails for a reason of its own."""
+    service = start()
+    service.begin_attempt(2)
+    service.hear_rank("g", 0, 2, hung(0, waits=True), 10.0)
+    service.hear_rank("g", 1, 2, hung(1, waits=False), 10.0)
+    service.end_attempt("rank 1: the worker process died")
+    assert service.hear_rank("g", 0, 2, hung(0, waits=True), 10.0) is not None  # none of those who act
+    assert service.hear_rank("g", 1, 2, hung(1, waits=False), 10.0) is not None
+    service.begin_attempt(2)
+    service.end_attempt("rank 0: ValueError")
+    assert reason(tmp_path) == "rank 0: ValueError"
+
+
+def test_a_rank_that_only_hears_of_a_hang_does_not_make_it_the_cause(start: Any, tmp_path: Path) -> None:
+    service = start()
+    service.begin_attempt(2)
+    service.hear_rank("g", 1, 2, hung(1, waits=False), 10.0)
+    assert service.hear_rank("g", 0, 2, hung(0, waits=True), 10.0).actors == (1,)
+    service.end_attempt("rank 1: ValueError")
+    assert reason(tmp_path) == "rank 1: ValueError"

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import secrets
 import threading
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from ray_tracking.conditional import NO_LINKS
 
 _making = threading.Lock()
 """MLflow's migrations are for one thread of a process at a time."""
@@ -35,8 +36,20 @@ def _make(path: str, artifacts: str) -> None:
     try:
         make: Any = SqlAlchemyStore
         make(f"sqlite:///{being_made}", artifacts).engine.dispose()
-        with suppress(FileExistsError):
-            os.link(being_made, path)  # unlike a rename it replaces nothing
+        _put(being_made, path)
     finally:
         for name in (being_made, f"{being_made}-journal", f"{being_made}-wal", f"{being_made}-shm"):
             Path(name).unlink(missing_ok=True)
+
+
+def _put(made: str, path: str) -> None:
+    """Replaces nothing, unlike a rename; where the file system has no hard links, as far as can be seen."""
+    try:
+        os.link(made, path)
+    except FileExistsError:
+        return
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if not os.path.exists(path):
+            os.rename(made, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 from threading import Thread
+
+import pytest
 
 from ray_tracking.tracking.backends.mlflow_database import create_database
 
@@ -55,3 +58,14 @@ def test_several_at_once_and_one_that_is_there(tmp_path: Path) -> None:
     before = path.stat()
     create_database(str(path), str(tmp_path / "artifacts"))
     assert path.stat().st_ino == before.st_ino
+
+
+def test_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: str) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "mlflow.db"
+    create_database(str(path), str(tmp_path / "artifacts"))
+    assert experiments(path) == ["Default"]
+    assert [name for name in os.listdir(tmp_path) if name.startswith("mlflow")] == ["mlflow.db"]
