@@ -41,26 +41,39 @@ def stop(
     if found.store is None or now:
         _stop_job(found, "at once" if now else "at once, for its storage can't be seen from here")
         return
+    _refuse_sweep(found.store, found.run_id)
     if not _is_running(found.store, found.run_id):
         return
     _ask(found.store, found.run_id)
     if _wait(found.store, found.run_id, timeout):
         return
-    if found.newest is None:
-        from ray_tracking.errors import RunFailedError
+    if found.newest is not None and _stop_job(found, f"because the run did not end within {timeout:.0f} s"):
+        return
+    from ray_tracking.errors import RunFailedError
 
-        raise RunFailedError(
-            f"The run {found.run_id} has not ended within {timeout:.0f} s; it is still asked to.",
-            hint="A step may take longer than that: wait with another `stop`. To end it without a last checkpoint, "
-            "interrupt it where it was started (Ctrl-C, SIGTERM).",
+    raise RunFailedError(
+        f"The run {found.run_id} has not ended within {timeout:.0f} s; it is still asked to.",
+        hint="A step may take longer than that: wait with another `stop`. To end it without a last checkpoint, "
+        "interrupt it where it was started (Ctrl-C, SIGTERM).",
+    )
+
+
+def _refuse_sweep(store: RunStore, run_id: str) -> None:
+    from ray_tracking.errors import UsageError
+    from ray_tracking.runs.sweep import SweepStore
+
+    if SweepStore(store, run_id).exists():
+        raise UsageError(
+            f"{run_id} is a sweep: `stop` ends runs, and trials by their own id.",
+            hint=f"Interrupt it where it was started (Ctrl-C, SIGTERM). `ray-tracking resume {run_id}` goes on then.",
         )
-    _stop_job(found, f"because the run did not end within {timeout:.0f} s")
 
 
 def _is_running(store: RunStore, run_id: str) -> bool:
     """Says so if it is not."""
     from ray_tracking.cli.output import duration
     from ray_tracking.monitoring.overview import last_sign_of_life, status_now
+    from ray_tracking.runs import stopping
     from ray_tracking.runs.summary import Summary
 
     record = store.load(run_id)
@@ -68,6 +81,9 @@ def _is_running(store: RunStore, run_id: str) -> bool:
     status = status_now(record, alive, time.time())
     if status == "running":
         return True
+    if status == "failed":
+        # Whoever watches it (--retries) may be about to start it again. A start by hand is not held up by this.
+        stopping.request(store.directory(run_id))
     silent = f": no sign of life for {duration(time.time() - alive)}" if status == "interrupted" else ""
     typer.echo(f"The run {run_id} is {status}{silent}. There is nothing to stop.")
     return False
@@ -110,24 +126,29 @@ def _tell_end(store: RunStore, record: Any) -> None:
         typer.echo(f"Go on with it:  ray-tracking resume {record.run_id}")
 
 
-def _stop_job(found: Located, why: str) -> None:
+def _stop_job(found: Located, why: str) -> bool:
+    """Returns whether there was something to stop."""
     from ray_tracking.errors import UsageError
 
     if found.newest is None:
         raise UsageError(
             f"The run {found.run_id} is not run by a job, so there is none to stop.", hint="Leave out --now."
         )
-    typer.echo(_ended(found.newest, why))
+    text, was_running = _ended(found.newest, why)
+    typer.echo(text)
+    return was_running
 
 
-def _ended(job: NotedJob, why: str) -> str:
+def _ended(job: NotedJob, why: str) -> tuple[str, bool]:
     client = connect(job.address)
     if not client.stop(job.submission_id):
-        return f"The job {job.submission_id} was not running any more: it is {client.job(job.submission_id).status}."
+        state = client.job(job.submission_id).status
+        return f"The job {job.submission_id} was not running any more: it is {state}.", False
     end = time.monotonic() + _JOB_SECONDS
-    while not (state := client.job(job.submission_id)).is_over and time.monotonic() < end:
+    while not (now := client.job(job.submission_id)).is_over and time.monotonic() < end:
         time.sleep(_POLL_SECONDS)
-    return (
-        f"The job {job.submission_id} was stopped {why}: it is {state.status}. What came after the run's newest "
+    text = (
+        f"The job {job.submission_id} was stopped {why}: it is {now.status}. What came after the run's newest "
         "checkpoint is trained again when it is resumed."
     )
+    return text, True

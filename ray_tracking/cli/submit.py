@@ -108,7 +108,7 @@ def train(
     url = jobs_address(address, os.environ)
     place = driver_place(driver_cpus, driver_resource or [], driver_label or [])
     source = find_target(target)
-    request = _request(run, sent_target(target, source), url, resolved)
+    request = _request(run, sent_target(target, source), url, resolved, python)
     store = reachable_store(resolved.storage)
     refuse_completed(store, run)
 
@@ -152,12 +152,12 @@ def _resolve(config: Config) -> Config:
     return with_overrides(config, {"storage": Storage.open(config.storage).root})
 
 
-def _request(run: str, target: str, url: str, config: Config) -> JobRequest:
+def _request(run: str, target: str, url: str, config: Config, python: str) -> JobRequest:
     from ray_tracking.runs.versions import installed_versions
     from ray_tracking.runtime.jobs.request import JobRequest, check_length, check_no_secrets
     from ray_tracking.storage import without_credentials
 
-    check_no_secrets(config, target, run)
+    check_no_secrets(config, target, run, python)
     request = JobRequest(run, 0, target, without_credentials(url), config.to_dict(), installed_versions())
     check_length(request)
     return request

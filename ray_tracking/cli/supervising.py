@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,8 @@ Retries = Annotated[
 ]
 _REFUSALS = (2, 3)
 _INTERRUPTED = 130
+_AWAY_SECONDS = 3600.0
+"""How long a cluster, or a storage, that was there before is waited for."""
 
 
 def driver_command(*arguments: str | None, options: Sequence[tuple[str, object]] = ()) -> list[str]:
@@ -46,21 +49,33 @@ def driver_command(*arguments: str | None, options: Sequence[tuple[str, object]]
 def supervise(command: Sequence[str], store: RunStore, run_id: str, retries: int) -> int:
     """Run the driver until the run is through, or is not to be started again. Returns the exit status. Main thread."""
     from ray_tracking.log import get_logger
-    from ray_tracking.runtime.retrying import Ending, decide
+    from ray_tracking.runtime.retrying import Ending, back_off, decide
 
     log = get_logger()
     failures, best = 0, newest_step(store, run_id)
+    begun, refusals, away_since = False, 0, 0.0
     with _Signals() as signals:
         while True:
             code = signals.run(command)
             ending = Ending.STOPPED if signals.came else ending_of(code, _status(store, run_id))
+            if code == 2 and ending is Ending.REFUSED and begun:
+                # It was not refused before: what it needs is away, the cluster or the storage.
+                away_since = away_since if refusals else time.monotonic()
+                refusals += 1
+                if time.monotonic() - away_since < _AWAY_SECONDS:
+                    wait = back_off(refusals)
+                    log.warning("the driver was refused; it may only be for now", run=run_id, again_in_seconds=wait)
+                    signals.wait(wait)
+                    if not (signals.came or _is_stop_requested(store, run_id)):
+                        continue
+            begun, refusals = begun or ending is not Ending.REFUSED, 0
             step = newest_step(store, run_id)
             verdict = decide(ending, retries=retries, failures=failures, progressed=step > best)
             failures, best = verdict.failures, max(step, best)
             if not verdict.again:
                 if ending in (Ending.FAILED, Ending.LOST):
                     log.error("the run is not started again", run=run_id, why=verdict.why)
-                return code if code >= 0 else 1
+                return 0 if ending is Ending.COMPLETED else code if code >= 0 else 1
             log.warning(
                 f"the driver {_how(code)}; it is started again",
                 run=run_id,
@@ -78,10 +93,10 @@ def ending_of(code: int, status: str | None) -> Ending:
     """What an exit status of a driver and the status in the run's record (None: there is no record) mean. Pure."""
     from ray_tracking.runtime.retrying import Ending
 
-    if code == 0:
-        return Ending.COMPLETED
     if code in _REFUSALS:
         return Ending.REFUSED
+    if code == 0 or status == "completed":  # a driver may die after it has recorded the end
+        return Ending.COMPLETED
     if code == _INTERRUPTED or status == "aborted":
         return Ending.STOPPED
     return Ending.FAILED if code == 1 else Ending.LOST

@@ -46,9 +46,14 @@ def requested(run: Storage) -> StopRequest | None:
         return StopRequest(0.0, "unknown")
 
 
-def clear(run: Storage) -> None:
-    """Whoever starts or resumes the run means it to go on. Raises StorageError."""
-    run.delete(NAME)
+def clear(run: Storage, before: float) -> None:
+    """Remove a request of before a start: whoever starts the run means it to go on. Raises StorageError.
+
+    One asked since `before` (Unix seconds, when that start began) is meant for it, and stays.
+    """
+    found = requested(run)
+    if found is not None and found.asked < before:
+        run.delete(NAME)
 
 
 def poll_seconds(run: Storage) -> float:

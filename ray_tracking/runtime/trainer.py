@@ -20,6 +20,7 @@ from ray_tracking.runs import stopping
 from ray_tracking.runs.record import Status
 from ray_tracking.runs.resuming import changes, check_resumable, overrides_of
 from ray_tracking.runs.store import RunStore, check_run_id, free_run_id, new_run_id
+from ray_tracking.runs.sweep import SweepStore
 from ray_tracking.runs.versions import installed_versions
 from ray_tracking.runtime import cluster
 from ray_tracking.runtime.actor import ActorTransport, forwarded_environment, start_actor
@@ -113,18 +114,16 @@ class TrainingManager:
         when training failed; RunStoppedError when somebody asked it to end early, KeyboardInterrupt when that was a
         signal.
         """
-        started = time.monotonic()
+        started, began = time.monotonic(), time.time()
         _check_function(train)
         storage = Storage.open(self.config.storage)
         storage.probe()
         runs = RunStore(storage)
         Keyring.from_config(self.config.training.default.encryption)  # a key that can't be had is said now
-        if self._force_new and runs.is_taken(self.run_id):
-            taken, self.run_id = self.run_id, free_run_id(self.run_id, runs.is_taken)
-            log.info("there is a run of this id already; this one gets another", taken=taken, run=self.run_id)
+        self._take_free_id(runs)
         try:
             with own(runs.directory(self.run_id), self.config.failure.lease_secs) as owner:
-                return self._fit(train, entrypoint or _entrypoint(train), code_digest, runs, owner, started)
+                return self._fit(train, entrypoint or _entrypoint(train), code_digest, runs, owner, started, began)
         finally:
             self._leave_no_trace(runs)
 
@@ -136,13 +135,14 @@ class TrainingManager:
         runs: RunStore,
         owner: Ownership,
         started: float,
+        began: float,
     ) -> RunResult:
         storage, directory = runs.storage, runs.directory(self.run_id)
         first = self._first_attempt(runs)
         connected = cluster.connect(self.address, self.config.scaling)
         try:
             cluster.check(self.config.scaling, storage)
-            stopping.clear(directory)  # of an earlier start: who starts it again means it to go on
+            stopping.clear(directory, began)
             spec = self._spec(storage, entrypoint, code_digest, owner.ticket)
             transport = ActorTransport(actor := start_actor(spec))
             try:
@@ -151,7 +151,13 @@ class TrainingManager:
                 with _Watch(transport, self.run_id, self._observer, started):
                     status, reason, error = train_on_ray(task, directory, first, owner)
                 owner.check()  # if it raises, the run is another one's by now, and its end not ours to record
-                report = _close(transport, status, reason, sync_command(self.run_id, storage.uri))
+                try:
+                    report = _close(transport, status, reason, sync_command(self.run_id, storage.uri))
+                except StorageError as failure:
+                    if error is None:
+                        raise
+                    log.error("the end of the run could not be recorded", error=str(failure))
+                    raise error from failure
             finally:
                 ray.kill(actor)
             forget_nearby(self.config.training.default.memory_copy, directory)
@@ -162,6 +168,11 @@ class TrainingManager:
             raise error
         owner.check()
         return self._result(directory, status, report)
+
+    def _take_free_id(self, runs: RunStore) -> None:
+        if self._force_new and runs.is_taken(self.run_id):
+            taken, self.run_id = self.run_id, free_run_id(self.run_id, runs.is_taken)
+            log.info("there is a run of this id already; this one gets another", taken=taken, run=self.run_id)
 
     def _leave_no_trace(self, runs: RunStore) -> None:
         """Of a run that was refused before it began, if nobody else can know its id."""
@@ -183,13 +194,20 @@ class TrainingManager:
         from ray_tracking.runtime.sweep.manager import run_sweep
 
         _check_function(train)
-        spec = self._spec(Storage.open(self.config.storage), entrypoint or _entrypoint(train), code_digest, lease=None)
+        storage = Storage.open(self.config.storage)
+        self._take_free_id(RunStore(storage))
+        spec = self._spec(storage, entrypoint or _entrypoint(train), code_digest, lease=None)
         return run_sweep(self.config, spec, train, address=self.address, observer=observer)
 
     def _first_attempt(self, runs: RunStore) -> int:
         """The number of the next attempt, which names Ray's run directory: never one that Ray has used before."""
         if not runs.exists(self.run_id):
             return 1
+        if SweepStore(runs, self.run_id).exists():
+            raise RefusedError(
+                f"{self.run_id!r} is a sweep, not a run.",
+                hint=f"Go on with it: `ray-tracking resume {self.run_id}`; or choose another --run-id.",
+            )
         record = runs.load(self.run_id)
         if record.status is Status.COMPLETED:
             raise RefusedError(

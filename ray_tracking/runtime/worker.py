@@ -20,7 +20,7 @@ from ray.train.v2._internal.execution import context as report_context
 from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy
 from ray_tracking.checkpoint.writer import WriterOptions
 from ray_tracking.config import Config
-from ray_tracking.errors import CheckpointError, JournalError, LeaseError
+from ray_tracking.errors import CheckpointError, JournalError, LeaseError, RayTrackingError
 from ray_tracking.log import configure, is_debug
 from ray_tracking.runs.store import RunStore
 from ray_tracking.runtime import collective
@@ -227,11 +227,11 @@ def _tell_progress(run: Run, signals: _Signals, transport: ActorTransport, over:
     while not over.wait(_PROGRESS_SECONDS):
         try:
             signals.stop_requested = bool(transport.call("report_progress", run.position(), timeout=5.0))
-        except TransportError:
-            continue  # the tracker restarts; the sender says so
         except LeaseError as error:
             signals.lost = error
             return
+        except (TransportError, RayTrackingError):
+            continue  # the tracker restarts, or its storage is away; the sender says so
 
 
 def _may_commit(sender: Sender, transport: ActorTransport) -> None:

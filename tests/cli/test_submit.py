@@ -15,6 +15,7 @@ from ray_tracking.cli import joining, logs, status, stop, submit
 from ray_tracking.runs import stopping
 from ray_tracking.runs.record import Status
 from ray_tracking.runs.store import RunStore
+from ray_tracking.runs.sweep import SweepStore
 from ray_tracking.runtime.jobs.client import Job
 from ray_tracking.runtime.jobs.noted import NotedJob, note_job
 from ray_tracking.runtime.jobs.request import CHECKED, JobRequest
@@ -89,6 +90,7 @@ def test_the_driver_is_placed(cli: Cli, cluster: Cluster) -> None:
         (["job.py:train", *EIGHT_GPUS], "8 workers need 8 GPU, it has 0"),
         (["job.py:train", "--exclude", "job.*"], "would not be sent"),
         (["../outside.py:train"], "not below"),
+        (["job.py:train", "--python", "env WANDB_API_KEY=abc123def456abc123def456abc123def456abcd python"], "a secret"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_2_and_nothing_is_sent(
@@ -243,6 +245,32 @@ def test_a_local_run_that_does_not_obey_is_said(cli: Cli, store: RunStore) -> No
     assert done.code == 1
     assert "Ctrl-C" in done.err
     assert stopping.requested(store.directory("plain")) is not None
+
+
+def test_a_job_that_had_ended_is_not_taken_for_the_run(cli: Cli, cluster: Cluster, running: RunBuilder) -> None:
+    """The run was resumed here since: it has not been stopped by a job that is over."""
+    cluster.answers = [{"status": "SUCCEEDED"}]
+    cluster.is_running = False
+    done = cli("stop", "demo", "--timeout", "0.2")
+    assert done.code == 1
+    assert "was not running any more" in done.out
+    assert "has not ended" in done.err
+
+
+def test_a_sweep_is_not_asked_to_stop(cli: Cli, store: RunStore) -> None:
+    RunBuilder(store, "many").log(scalars([1]))
+    SweepStore(store, "many").create("loss", "min", {})
+    done = cli("stop", "many")
+    assert done.code == 2
+    assert "is a sweep" in done.err
+    assert stopping.requested(store.directory("many")) is None
+
+
+def test_one_that_has_failed_is_kept_from_being_started_again(cli: Cli, store: RunStore) -> None:
+    RunBuilder(store, "sick").log(scalars([1]))
+    store.save(store.load("sick").finish(time.time(), Status.FAILED, "out of luck"))
+    assert "nothing to stop" in cli("stop", "sick").out
+    assert stopping.requested(store.directory("sick")) is not None
 
 
 def test_stop_now_and_of_what_is_not_seen_from_here_is_rays_own(

@@ -62,6 +62,8 @@ KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
         (3, "running", Ending.REFUSED),
         (130, "running", Ending.STOPPED),
         (-9, "running", Ending.LOST),
+        (-9, "completed", Ending.COMPLETED),  # it died after it had recorded the end
+        (3, "completed", Ending.REFUSED),
         (-9, None, Ending.LOST),
         (137, "running", Ending.LOST),
     ],
@@ -84,10 +86,27 @@ def test_what_an_end_means(code: int, status: str | None, ending: Ending) -> Non
     ],
 )
 def test_what_can_be_tried_again_is(
-    store: RunStore, tmp_path: Path, ends: list[str], retries: int, code: int, count: int
+    store: RunStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ends: list[str],
+    retries: int,
+    code: int,
+    count: int,
 ) -> None:
+    monkeypatch.setattr(supervising, "_AWAY_SECONDS", 0.0)
     assert supervise(driver(tmp_path, *ends), store, "r", retries) == code
     assert starts(tmp_path) == count
+
+
+def test_a_cluster_that_was_there_is_waited_for(
+    store: RunStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its head died with the driver: until it is back, the driver is refused, which uses up none of the budget."""
+    ends = [KILLED, *["sys.exit(2)"] * 3, "sys.exit(0)"]
+    assert supervise(driver(tmp_path, *ends), store, "r", 1) == 0
+    assert starts(tmp_path) == 5
+    assert "it may only be for now" in capsys.readouterr().err
 
 
 def test_progress_fills_the_budget_again(

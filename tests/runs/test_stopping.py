@@ -10,12 +10,19 @@ from ray_tracking.storage import Storage
 def test_a_request_is_seen_until_it_is_cleared(tmp_path: Path) -> None:
     run = Storage.open(tmp_path / "run")
     assert stopping.requested(run) is None  # the directory is not even there
-    stopping.clear(run)
+    stopping.clear(run, time.time())
     made = stopping.request(run)
     assert stopping.requested(Storage.open(tmp_path / "run")) == made
     assert abs(made.asked - time.time()) < 60
-    stopping.clear(run)
+    stopping.clear(run, made.asked + 1)
     assert stopping.requested(run) is None
+
+
+def test_what_was_asked_since_the_start_began_is_not_cleared_by_it(tmp_path: Path) -> None:
+    run = Storage.open(tmp_path)
+    made = stopping.request(run)
+    stopping.clear(run, made.asked - 1)
+    assert stopping.requested(run) == made
 
 
 def test_what_cannot_be_read_is_a_request_all_the_same(tmp_path: Path) -> None:

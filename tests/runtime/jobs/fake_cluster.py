@@ -22,6 +22,8 @@ class Cluster:
         self.submitted: list[dict[str, Any]] = []
         self.known: list[Job] = []
         self.stopped: list[str] = []
+        self.is_running = True
+        """What `stop` answers."""
         self.cuts: list[int] = []
         """After so many characters the log's connection breaks, once each."""
 
@@ -50,7 +52,7 @@ class Cluster:
 
     def stop(self, submission_id: str) -> bool:
         self.stopped.append(submission_id)
-        return True
+        return self.is_running
 
     def jobs_of(self, run_id: str) -> list[Job]:
         return [job for job in self.known if job.run_id == run_id]
