@@ -184,6 +184,7 @@ def _print_overview(screen: Console, view: Overview, now: float) -> None:
 def print_backends(screen: Console, view: Overview, *, kinds: bool = False) -> None:
     """How each backend stands; below the table why one is behind, and with `kinds` what it can't show."""
     from ray_tracking.cli import output
+    from ray_tracking.runs.store import sweep_of
     from ray_tracking.tracking.syncing import sync_command
 
     if not view.backends:
@@ -203,7 +204,10 @@ def print_backends(screen: Console, view: Overview, *, kinds: bool = False) -> N
             screen.print(output.cell(f"{name} can't show: {', '.join(backend.unsupported)}"))
     if view.status != "running" and any(backend.state != "complete" for backend in view.backends.values()):
         place, mark, query = view.path.partition("?")
-        storage = f"{place.removesuffix(f'/{view.run_id}')}{mark}{query}"
+        root = place.removesuffix(f"/{view.run_id}")
+        if (sweep := sweep_of(view.run_id)) is not None:
+            root = root.removesuffix(f"/{sweep}")
+        storage = f"{root}{mark}{query}"
         # not through the console: a command that is broken over lines can't be copied
         typer.echo(f"Fill them: {sync_command(view.run_id, storage)}")
 

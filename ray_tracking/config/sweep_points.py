@@ -13,6 +13,11 @@ def problems_of(space: Group, point: Mapping[str, Any]) -> list[Problem]:
     return list(_problems(space, point, ()))
 
 
+def matches(node: Node, value: Any) -> bool:
+    """Whether the node can give the value."""
+    return not _problems(node, value, ())
+
+
 def _problems(node: Node, value: Any, path: Path) -> list[Problem]:
     if isinstance(node, Group):
         return _of_group(node, value, path)

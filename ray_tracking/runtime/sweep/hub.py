@@ -65,6 +65,7 @@ class SweepHub:
         self._task = task
         self._runs = RunStore(Storage.open(self._sweep.storage))
         self._opening = threading.Lock()
+        self._making: dict[str, threading.Lock] = {}
         self._services: dict[str, TrackerService] = {}
         self._ended: dict[str, dict[str, Any]] = {}
         self._names: dict[str, str] = {}
@@ -129,6 +130,7 @@ class SweepHub:
         report = self._service(run_id).close(status, reason)
         with self._opening:
             self._services.pop(run_id, None)
+            self._making.pop(run_id, None)
             self._live.pop(run_id, None)
             self._ended[run_id] = {"metrics": report["metrics"], "last_step": report["last_step"]}
         return self._ended[run_id]
@@ -192,13 +194,22 @@ class SweepHub:
         return getattr(self._service(run_id), method)(*arguments)
 
     def _service(self, run_id: str, params: Mapping[str, Any] | None = None) -> TrackerService:
+        """Made at its first use, which may wait for a lease: the other trials' calls must not wait with it."""
+        service, making = self._known(run_id)
+        if service is None:
+            with making:
+                service, _ = self._known(run_id)
+                if service is None:
+                    service = TrackerService(self._spec(run_id, params), alone=False)
+                    with self._opening:
+                        self._services[run_id] = service
+        return service
+
+    def _known(self, run_id: str) -> tuple[TrackerService | None, threading.Lock]:
         with self._opening:
             if run_id in self._ended:
                 raise RefusedError(f"The trial {run_id} has ended.")
-            service = self._services.get(run_id)
-            if service is None:
-                service = self._services[run_id] = TrackerService(self._spec(run_id, params), alone=False)
-        return service
+            return self._services.get(run_id), self._making.setdefault(run_id, threading.Lock())
 
     def _spec(self, run_id: str, params: Mapping[str, Any] | None) -> TrackerSpec:
         config = self._trial.config

@@ -94,9 +94,9 @@ def run_sweep(
         try:
             cluster.check(config.scaling, storage)
             at_once = _at_once(config, search)
+            store.create(metric, mode, redact(config.to_dict()))  # before its run is: that alone would be a plain one
             hub, session = start_hub(config, spec, train)
             try:
-                store.create(metric, mode, redact(config.to_dict()))
                 book = Book(store, mode, store.load())
                 sweep = _Session(config, search, store, book, hub, metric, mode, at_once, observer)
                 status, reason, error = sweep.run(searcher, session, owner)
@@ -253,7 +253,9 @@ def _check_new_or_unfinished(store: SweepStore, metric: str, mode: str) -> None:
             f"The sweep {store.sweep_id!r} is completed.",
             hint="Choose another --run-id, or leave it out for a new one.",
         )
-    if store.exists() and store.aim() != (metric, mode):
+    if not store.exists():
+        raise RefusedError(f"{store.sweep_id!r} is a run, no sweep.", hint="Choose another --run-id for the sweep.")
+    if store.aim() != (metric, mode):
         raise RefusedError(
             f"The sweep {store.sweep_id!r} searches for another metric: {' '.join(reversed(store.aim()))}.",
             hint="Resume it as it was begun, or start a new one.",

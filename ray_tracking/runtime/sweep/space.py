@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from ray import tune
 
+from ray_tracking.config.sweep_points import matches
 from ray_tracking.config.sweep_space import (
     CHOICE,
     GRID,
@@ -118,28 +117,11 @@ def named(node: Node, value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
                 yield from named(item, value[key], _below(path, key))
     elif isinstance(node, Options):
         name = _below(path, CHOICE)
-        index = next(index for index, option in enumerate(node.options) if _matches(option, value))
+        index = next(index for index, option in enumerate(node.options) if matches(option, value))
         yield name, index
         yield from named(node.options[index], value, _below(name, str(index)))
     elif isinstance(node, Distribution):
         yield path, int(value) if SHAPES[node.kind].whole else float(value)
-
-
-def _matches(option: Node, value: Any) -> bool:
-    if isinstance(option, Constant):
-        return json.dumps(option.value, default=str) == json.dumps(value, default=str)
-    if isinstance(option, Group):
-        return (
-            isinstance(value, Mapping)
-            and set(value) <= set(option.items)
-            and all(
-                _matches(item, value[key]) if key in value else isinstance(item, Constant)
-                for key, item in option.items.items()
-            )
-        )
-    if isinstance(option, Options):
-        return any(_matches(each, value) for each in option.options)
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def completed(node: Node, value: Any) -> Any:
@@ -150,7 +132,7 @@ def completed(node: Node, value: Any) -> Any:
             for key, item in node.items.items()
         }
     if isinstance(node, Options):
-        option = next((each for each in node.options if _matches(each, value)), None)
+        option = next((each for each in node.options if matches(each, value)), None)
         return value if option is None else completed(option, value)
     return value
 

@@ -162,3 +162,10 @@ def test_a_searcher_that_proposes_otherwise_is_told_and_used(tmp_path, capsys):
     )
     assert "does not propose what it did before" in capsys.readouterr().err
     assert again.suggest("b")["params"] == params  # what was begun is gone on with
+
+
+def test_a_point_that_is_equal_to_an_option_is_given_to_the_searcher():
+    """16.0 is 16, and of two ranges a value belongs to the one that holds it."""
+    space = {"width": {"choice": [16, 32]}, "lr": {"choice": [{"uniform": [0, 1]}, {"uniform": [5, 6]}]}}
+    config = sweep(space=space, searcher="optuna", points=[{"width": 16.0, "lr": 5.5}], num_samples=2)
+    assert proposals(config, 1) == [{"width": 16, "lr": 5.5}]

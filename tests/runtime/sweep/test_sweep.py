@@ -23,6 +23,7 @@ from ray_tracking.runs.sweep import SweepStore, TrialStatus
 from ray_tracking.runtime.sweep.result import SweepResult
 from ray_tracking.runtime.sweep.resuming import resume_sweep
 from ray_tracking.storage import Storage
+from tests.monitoring.builder import RunBuilder
 from tests.runtime.sweep import functions
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -282,3 +283,15 @@ def test_a_sweep_whose_driver_was_killed_goes_on(tmp_path):
         assert steps[0] == "0"
         assert len(steps) == (2 if trial.trial in under_way else 1)
         assert all(step != "0" for step in steps[1:] if trial.trial in saved), "run twice from its start"
+
+
+def test_a_run_is_no_sweep_and_a_sweep_no_run(tmp_path):
+    """Nothing is written into the one by who takes it for the other."""
+    one = config(tmp_path, {"space": {"x": {"uniform": [0, 1]}}, "metric": "loss"})
+    RunBuilder(RunStore(Storage.open(tmp_path)), "plain")
+    with pytest.raises(RefusedError, match="is a run"):
+        TrainingManager(one, run_id="plain").sweep(functions.valley)
+    RunBuilder(RunStore(Storage.open(tmp_path)), "many")
+    SweepStore(RunStore(Storage.open(tmp_path)), "many").create("loss", "min", {})
+    with pytest.raises(RefusedError, match="is a sweep"):
+        TrainingManager(one, run_id="many").fit(functions.valley)
