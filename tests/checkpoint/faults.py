@@ -1,9 +1,14 @@
-"""A storage that stops the process at operation N: before it, in the middle of it, or right after it."""
+"""A storage that stops the process at operation N: before it, in the middle of it, or right after it; a small disk."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from ray_tracking.storage import Storage
 from ray_tracking.writing import Writing
@@ -91,3 +96,19 @@ def kill_points(limit: int = 200) -> Iterator[tuple[int, str]]:
         for when in ("before", "during", "after"):
             yield number, when
     raise AssertionError("the operation never ends")
+
+
+@contextmanager
+def limited_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of its own at `folder`, of `size` (`6m`, say). Skips where none can be mounted."""
+    if os.geteuid() != 0:
+        pytest.skip("a file system of limited size needs root to be mounted")
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no file system of limited size can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ray_tracking.storage import Storage
 from ray_tracking.writing import Writing
 
 from .copies import copied, restored, save, write_part
-from .faults import Killed, KillingStorage, kill_points
+from .faults import Killed, KillingStorage, kill_points, limited_disk
 
 
 class KillingOs:
@@ -161,17 +160,8 @@ def test_killed_at_any_operation_on_storage(tmp_path: Path, root: Path, when: st
 @pytest.fixture
 def small_memory(tmp_path: Path) -> Iterator[Path]:
     """A memory file system of 64 KiB."""
-    if os.geteuid() != 0:
-        pytest.skip("a file system of limited size needs root to be mounted")
-    disk = tmp_path / "small"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system of limited size can be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with limited_disk(tmp_path / "small", "64k") as disk:
+        yield disk
 
 
 def test_a_memory_that_is_full(tmp_path: Path, small_memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from ray_tracking.errors import CheckpointCorruptError, CheckpointError
 from ray_tracking.storage import Storage
 from tests.s3 import S3Server, s3_server, s3_uri
 
-from .faults import Killed, KillingStorage
+from .faults import Killed, KillingStorage, limited_disk
 
 __all__ = ["s3_server", "s3_uri"]
 
@@ -31,17 +30,8 @@ Save = Callable[..., str]
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 6 MiB of its own."""
-    if os.geteuid() != 0:
-        pytest.skip("a file system of limited size needs root to be mounted")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system of limited size can be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with limited_disk(tmp_path / "disk", "6m") as disk:
+        yield disk
 
 
 def big(value: float) -> dict[str, torch.Tensor]:
