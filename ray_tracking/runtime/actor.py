@@ -38,7 +38,7 @@ class TrackerActor:
     def __init__(self, spec: str, environment: dict[str, str]) -> None:
         for name, value in environment.items():
             os.environ.setdefault(name, value)
-        stand_back()
+        self._idle = stand_back()
         self._spec = TrackerSpec.from_json(spec)
         configure(self._spec.log_level, json=self._spec.log_json)
         self._service: Any = None
@@ -63,7 +63,7 @@ class TrackerActor:
                     raise self._refused
                 if self._service is None:
                     try:
-                        self._service = TrackerService(self._spec)
+                        self._service = TrackerService(self._spec, idle=self._idle)
                     except RefusedError as error:
                         self._refused = error
                         raise

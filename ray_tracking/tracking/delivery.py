@@ -22,6 +22,7 @@ from ray_tracking.tracking.collector import settle
 from ray_tracking.tracking.cursor import BackendState, Cursor
 from ray_tracking.tracking.patience import Patience
 from ray_tracking.tracking.plan import Lineage, Span, cut, split_at_attempts
+from ray_tracking.tracking.priority import wait_for_idle
 from ray_tracking.tracking.tail import Tail
 
 log = get_logger()
@@ -47,8 +48,9 @@ class Delivery:
     """One backend of one run. `start`, then `finish` once no more rows come.
 
     `ended`: the journal is whole, so what a later attempt supersedes need not be shown to one that can't forget it.
-    With `tries` it gives up after so many failures in a row, whatever `finish` says. `check` raises LeaseLostError once
-    another process writes the run (`Lease.check`): nothing more is shown or saved by this one then.
+    With `tries` it gives up after so many failures in a row, whatever `finish` says. `idle`: once the backend is open,
+    its thread runs when the processor has nothing better to do. `check` raises LeaseLostError once another process
+    writes the run (`Lease.check`): nothing more is shown or saved by this one then.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Delivery:
         deadline: float = 60.0,
         ended: bool = False,
         tries: int | None = None,
+        idle: bool = False,
         check: Callable[[], object] = lambda: None,
     ) -> None:
         self.cursor = Cursor.load(directory, backend.name)
@@ -75,6 +78,7 @@ class Delivery:
         self._ended = ended
         self._patience = Patience(tries)
         self._check = check
+        self._idle = idle
         self._lost = False
         self._lineage: Lineage | None = None
         self._opened = False
@@ -232,6 +236,8 @@ class Delivery:
         self._opened = True
         if not self._settled:
             settle()
+            if self._idle:
+                wait_for_idle()
             self._settled = True
 
     def _deliver(self, rows: Sequence[Record], lineage: Lineage) -> None:

@@ -51,10 +51,14 @@ class TrackerService:
     writes it, StorageError if the storage does not take it.
     """
 
-    def __init__(self, spec: TrackerSpec, *, alone: bool = True) -> None:
-        """`alone`: in its process, so that all that is logged there is of this run."""
+    def __init__(self, spec: TrackerSpec, *, alone: bool = True, idle: bool = False) -> None:
+        """`alone`: in its process, so that all that is logged there is of this run.
+
+        `idle`: the backends are filled when the processor has nothing better to do (`priority.wait_for_idle`).
+        """
         self.spec = spec
         self._alone = alone
+        self._idle = idle
         if alone:
             bind(run=spec.run_id)
         root = Storage.open(spec.storage)
@@ -335,9 +339,14 @@ class TrackerService:
         deliveries, unavailable = [], []
         for backend in create_backends(self._tracking) if self._tracking.enabled else []:
             if isinstance(backend, Backend):
-                deadline = self._tracking.delivery.deadline_secs
                 delivery = Delivery(
-                    backend, info, self._directory, self._tail, deadline=deadline, check=self._hold.check
+                    backend,
+                    info,
+                    self._directory,
+                    self._tail,
+                    deadline=self._tracking.delivery.deadline_secs,
+                    idle=self._idle,
+                    check=self._hold.check,
                 )
                 delivery.start()
                 deliveries.append(delivery)

@@ -2,29 +2,59 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 
 import pytest
 
-from ray_tracking.tracking.priority import stand_back
+from ray_tracking.tracking.priority import stand_back, wait_for_idle
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="scheduling policies are Linux's")
+
+Standing = tuple[int, int]
 
 
-@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="scheduling policies are Linux's")
-def test_the_thread_and_those_it_starts_stand_back_and_no_other() -> None:
-    found: dict[str, tuple[int, int]] = {}
+def here() -> Standing:
+    """Niceness and policy of the calling thread."""
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), os.sched_getscheduler(0)
 
-    def look(name: str) -> None:
-        found[name] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), os.sched_getscheduler(0)
 
-    def begin() -> None:
-        stand_back()
-        look("itself")
-        below = threading.Thread(target=look, args=("below",))
+def elsewhere(begin: Callable[[], object]) -> tuple[object, Standing, Standing]:
+    """What `begin` returns on a thread of its own; how that thread stands then, and one that it starts."""
+    found: list[object] = []
+
+    def run() -> None:
+        found.append(begin())
+        found.append(here())
+        below = threading.Thread(target=lambda: found.append(here()))
         below.start()
         below.join()
 
-    thread = threading.Thread(target=begin)
+    thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    look("here")
-    assert found["itself"] == found["below"] == (19, os.SCHED_BATCH)
-    assert found["here"][1] == os.SCHED_OTHER
+    answer, itself, below = found
+    return answer, itself, below  # type: ignore[return-value]
+
+
+def test_the_thread_and_those_it_starts_stand_back_and_no_other() -> None:
+    _, itself, below = elsewhere(stand_back)
+    assert itself == below == (19, os.SCHED_BATCH)
+    assert here()[1] == os.SCHED_OTHER
+
+
+def test_what_nobody_waits_for_runs_when_the_processor_is_idle() -> None:
+    _, itself, below = elsewhere(wait_for_idle)
+    assert itself[1] == below[1] == os.SCHED_IDLE
+    assert here()[1] == os.SCHED_OTHER
+
+
+@pytest.mark.parametrize(("niceness", "allowed"), [(0, False), (9, False), (10, True), (15, True), (19, True)])
+def test_only_beside_workers_as_nice_as_rays_may_it_stand_back_so_far(niceness: int, allowed: bool) -> None:
+    def nicer_by_then() -> bool:
+        os.nice(niceness - os.nice(0))
+        return stand_back()
+
+    if here()[0] > niceness:
+        pytest.skip(f"the tests themselves run at niceness {here()[0]}")
+    answer, _, _ = elsewhere(nicer_by_then)
+    assert answer is allowed

@@ -57,7 +57,7 @@ class SweepHub:
         """`sweep`: TrackerSpec of the sweep's own run; `trial`: that of a trial, without run id and params."""
         for name, value in environment.items():
             os.environ.setdefault(name, value)
-        stand_back()
+        self._idle = stand_back()
         self._sweep, self._trial = TrackerSpec.from_json(sweep), TrackerSpec.from_json(trial)
         # What each trial's backends say of themselves would be said once per trial.
         configure("warning" if self._sweep.log_level == "info" else self._sweep.log_level, json=self._sweep.log_json)
@@ -168,7 +168,7 @@ class SweepHub:
     def _parent(self) -> TrackerService:
         with self._opening:
             if self._own is None:
-                self._own = TrackerService(self._sweep, alone=False)
+                self._own = TrackerService(self._sweep, alone=False, idle=self._idle)
         return self._own
 
     def standing(self) -> dict[str, dict[str, Any]]:
@@ -200,7 +200,7 @@ class SweepHub:
             with making:
                 service, _ = self._known(run_id)
                 if service is None:
-                    service = TrackerService(self._spec(run_id, params), alone=False)
+                    service = TrackerService(self._spec(run_id, params), alone=False, idle=self._idle)
                     with self._opening:
                         self._services[run_id] = service
         return service
