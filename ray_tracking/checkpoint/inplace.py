@@ -1,4 +1,4 @@
-"""Putting a stored state into live objects: straight from the files, each byte copied once.
+"""Putting a stored state into live objects: straight from the files, each byte copied once and read once if it can be.
 
 In: live objects with `load_state_dict()`, an `OpenCheckpoint` or a loaded checkpoint. Out: the objects, changed in
 place, none of which holds a tensor of the files or of the loaded checkpoint afterwards. For the training thread.
@@ -15,17 +15,18 @@ from typing import Any
 import torch
 
 from ray_tracking.checkpoint.copying import copy_all
+from ray_tracking.checkpoint.direct import after_damage, plan_direct, read_directly
 from ray_tracking.checkpoint.distributed_load import sharded_load, stand_ins
-from ray_tracking.checkpoint.distributed_state import module_state, plain_name
+from ray_tracking.checkpoint.fitting import UNFIT, fitted, is_plain_optimizer
 from ray_tracking.checkpoint.loaded import TrainingCheckpoint
 from ray_tracking.checkpoint.reader import Local, OpenCheckpoint
 from ray_tracking.checkpoint.rng import restore_rng
 from ray_tracking.checkpoint.state import RNG, unwrap
 from ray_tracking.checkpoint.tensor_views import private_copies
+from ray_tracking.checkpoint.unread import Want
 from ray_tracking.errors import CheckpointError, UsageError
 from ray_tracking.log import get_logger
 
-_UNFIT = (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError)
 _EXTRA_STATE = "_extra_state"  # the end of the key of what a module gives from get_extra_state()
 _log = get_logger()
 
@@ -33,8 +34,10 @@ _log = get_logger()
 def load_into(objects: Mapping[str, Any], opened: OpenCheckpoint, **options: Any) -> None:
     """Put the stored states into `objects`, in place (None is left out); other states of the checkpoint are ignored.
 
-    Every file is verified, and all that can be is checked, before the first object changes: CheckpointCorruptError
-    names a file, CheckpointError a missing object or the parameters that do not fit. `options`: see `prepare_load`.
+    All that can be is checked before the first object changes: CheckpointError names a missing object or the parameters
+    that do not fit. CheckpointCorruptError names a file that is not what was saved. Nothing changes then either, or, if
+    it was found while plain files were read straight into the objects, every tensor that was written to is spoilt: it
+    holds NaN, and the error says so. `options`: see `prepare_load`.
     """
     prepare_load(objects, opened, **options)()
 
@@ -59,20 +62,46 @@ def prepare_load(
     source = rank if world_size in (None, info.world_size) else 0
     where = f"The checkpoint of step {info.step} ({opened.path})"
     wanted = _wanted(objects, [name for name in opened.names(source) if name != RNG], where)
-    opened.prefetch(wanted, source)
-    states = {
-        name: opened.state(name, source, copy=False, local=local or stand_ins(opened, name, source)) for name in wanted
-    }
-    random_states = None
-    if rng and rank < info.world_size and RNG in opened.names(rank):
-        random_states = opened.state(RNG, rank)
-    loads = _loads(wanted, states, where)
+    own_rng = rng and rank < info.world_size and RNG in opened.names(rank)
 
-    def load() -> None:
-        _put(loads, where)
+    def verified() -> Callable[[], None]:
+        opened.prefetch(wanted, source)
+        states = {
+            name: opened.state(name, source, copy=False, local=local or stand_ins(opened, name, source))
+            for name in wanted
+        }
+        random_states = opened.state(RNG, rank) if own_rng else None
+        loads = _loads(wanted, states, where)
+
+        def load() -> None:
+            _put(loads, where)
+            _put_rng(rng, random_states, info.step)
+
+        return load
+
+    wants: dict[str, Want] = {name: (name, source) for name in wanted}
+    if own_rng:
+        wants[RNG] = RNG, rank
+    unread = None if local else plan_direct(wanted, wants, opened, where)
+    if unread is None:
+        return verified()
+
+    def load_directly() -> None:
+        if not read_directly(unread):
+            after_damage(verified, unread, wanted)()
+            return
+        states = {name: unread.state(want) for name, want in wants.items()}
+        random_states = states.pop(RNG, None) if own_rng else None
+        _put(
+            {
+                name: partial(value.load_state_dict, fitted(value, states[name], f"{where}: {name!r}"))
+                for name, value in wanted.items()
+            },
+            where,
+        )
         _put_rng(rng, random_states, info.step)
 
-    return load
+    return load_directly
 
 
 def restore(checkpoint: TrainingCheckpoint, objects: Mapping[str, Any], *, rng: bool = True) -> None:
@@ -81,33 +110,6 @@ def restore(checkpoint: TrainingCheckpoint, objects: Mapping[str, Any], *, rng: 
     wanted = _wanted(objects, checkpoint.objects, where)
     _put(_loads(wanted, {name: checkpoint.objects[name] for name in wanted}, where), where)
     _put_rng(rng, checkpoint.rng, checkpoint.step)
-
-
-def fit_module(module: torch.nn.Module, state: Any, where: str) -> Any:
-    """`state` as `module` wants it (without the wrappers it was saved in); CheckpointError naming what does not fit."""
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"{where}: the stored state is a {type(state).__name__}, not a module's state.")
-    own = module_state(module)
-    if state and all(str(key).startswith("module.") for key in state) and not any(key in own for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    if any(key not in own for key in state):
-        names = {plain_name(key): key for key in own}
-        state = {names.get(plain_name(str(key)), key): value for key, value in state.items()}
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        f"{key} is {list(value.shape)} in the checkpoint and {list(own[key].shape)} in the module"
-        for key, value in state.items()
-        if key in own and hasattr(value, "shape") and hasattr(own[key], "shape") and value.shape != own[key].shape
-    ]
-    problems = shapes + [f"{key} is not in the checkpoint" for key in missing]
-    problems += [f"{key} is not in the module" for key in unexpected]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise CheckpointError(
-            f"{where} does not fit: {shown}.", hint="Build the module with the arguments it was trained with."
-        )
-    return state
 
 
 def _wanted(objects: Mapping[str, Any], stored: Any, where: str) -> dict[str, Any]:
@@ -128,11 +130,8 @@ def _loads(wanted: Mapping[str, Any], states: Mapping[str, Any], where: str) -> 
     """What puts each state into its object. All that can be is checked when this returns."""
     loads: dict[str, Callable[[], object]] = {}
     for name, value in wanted.items():
-        state, here = states[name], f"{where}: {name!r}"
-        if isinstance(value, torch.nn.Module):
-            state = fit_module(value, state, here)
-        elif _loads_as_torch_does(value):
-            _check_groups(value, state, here)
+        here = f"{where}: {name!r}"
+        state = fitted(value, states[name], here)
         loads[name] = sharded_load(value, state, wanted, here) or partial(_load, value, state)
     return loads
 
@@ -145,7 +144,7 @@ def _put(loads: Mapping[str, Callable[[], object]], where: str) -> None:
     for name, load in loads.items():
         try:
             load()
-        except _UNFIT as error:
+        except UNFIT as error:
             raise CheckpointError(f"{where}: {name!r} could not take its state: {error}") from error
 
 
@@ -165,7 +164,7 @@ def _own_state(value: Any, state: Any) -> Any:
         replaced = copy.copy(state)  # with the modules' versions, which ride on it
         replaced.update(kept)
         return replaced
-    return _for_optimizer(value, state) if _loads_as_torch_does(value) else _private(state)
+    return _for_optimizer(value, state) if is_plain_optimizer(value) else _private(state)
 
 
 def _private(state: Any, known: dict[int, Any] | None = None) -> Any:
@@ -190,34 +189,6 @@ def _tensors_in(state: Any) -> Iterator[torch.Tensor]:
 
 
 # -- optimizers ------------------------------------------------------------------------------------
-
-
-def _loads_as_torch_does(value: Any) -> bool:
-    """Whether it is an optimizer that takes its state as torch's base class does, and nobody hooks into that."""
-    base = torch.optim.Optimizer
-    kind = type(value)
-    return (
-        isinstance(value, base)
-        and kind.load_state_dict is base.load_state_dict
-        and kind._process_value_according_to_param_policy is base._process_value_according_to_param_policy
-        and "load_state_dict" not in vars(value)
-        and not value._optimizer_load_state_dict_pre_hooks
-    )
-
-
-def _check_groups(optimizer: torch.optim.Optimizer, state: Any, where: str) -> None:
-    """What load_state_dict refuses, found before anything changes."""
-    try:
-        saved = [len(group["params"]) for group in state["param_groups"]]
-        state["state"].items()
-    except _UNFIT as error:
-        raise CheckpointError(f"{where} could not take its state: it is not that of an optimizer.") from error
-    own = [len(group["params"]) for group in optimizer.param_groups]
-    if saved != own:
-        raise CheckpointError(
-            f"{where} could not take its state: the groups have {saved} parameters in the checkpoint, {own} here.",
-            hint="Build the optimizer over the same parameters and groups as when it was saved.",
-        )
 
 
 def _for_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Any:

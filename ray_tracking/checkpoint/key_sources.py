@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NoReturn
 
-from ray_tracking.errors import ConfigError
+from ray_tracking.errors import ConfigError, RefusedError, UsageError
 from ray_tracking.log import get_logger
 
 log = get_logger()
@@ -32,10 +32,7 @@ COMMAND_SECONDS = 30.0
 """How long a key command may take."""
 
 _ALLOWED = f"A key is {KEY_BYTES} random bytes as base64 or hex on one line; lines that begin with # are left out."
-_HOW_TO_MAKE = (
-    "Make one with: (umask 077; python -c "
-    '"from ray_tracking.checkpoint.keys import generate_key; print(generate_key())" > checkpoint.key)'
-)
+_HOW_TO_MAKE = "Make one with: ray-tracking checkpoints key new -o checkpoint.key"
 _MOST_TEXT = 64 * 1024
 _HEX = re.compile(r"[0-9A-Fa-f]{64}")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]{43}=?")
@@ -51,6 +48,38 @@ def generate_key() -> str:
             return base64.b64encode(secret).decode("ascii")
 
 
+def write_key_file(path: str | os.PathLike[str], text: str, key_id: str) -> None:
+    """A new file that only its owner can open. RefusedError if there is something under its name, UsageError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        file = os.open(path, flags, 0o600)
+    except FileExistsError:
+        raise RefusedError(
+            f"{os.fspath(path)} is there already. A key that is written over opens nothing any more.",
+            hint="Choose another name.",
+        ) from None
+    except OSError as error:
+        raise UsageError(f"No key file can be made at {os.fspath(path)}: {error.strerror}.") from None
+    try:
+        with open(file, "w", encoding="ascii") as opened:
+            opened.write(f"# ray-tracking checkpoint key {key_id}\n{text}\n")
+            opened.flush()
+            os.fsync(file)
+        _fsync_folder(os.path.dirname(os.path.abspath(path)))
+    except OSError as error:
+        os.unlink(path)
+        raise UsageError(f"The key file {os.fspath(path)} can't be written: {error.strerror}.") from None
+
+
+def _fsync_folder(path: str) -> None:
+    """So that the name outlives a power cut too, before anything is sealed with the key."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 def read_secret(source: Mapping[str, Any], where: str) -> bytes:
     """The secret that the one source of `source` gives. `where`: the dotted key of the section, for messages.
 
@@ -63,6 +92,11 @@ def read_secret(source: Mapping[str, Any], where: str) -> bytes:
     value, where = str(source[named[0]]), f"{where}.{named[0]}"
     read = {"key_file": _read_file, "key_env": _read_variable, "key_command": _run}[named[0]]
     return _parse(read(value, where), where)
+
+
+def parse_key(text: str) -> bytes:
+    """The secret that a line of `generate_key` holds."""
+    return _parse(text.encode("ascii"), "the key")
 
 
 def _parse(text: bytes, where: str) -> bytes:

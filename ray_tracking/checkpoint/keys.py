@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from ray_tracking.checkpoint.key_sources import KEY_BYTES, SOURCES, generate_key, read_secret
+from ray_tracking.checkpoint.key_sources import KEY_BYTES, SOURCES, generate_key, parse_key, read_secret
 from ray_tracking.errors import ConfigError, RefusedError
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "SealBrokenError",
     "WrongKeyError",
     "generate_key",
+    "key_of",
     "key_variables",
     "no_key_error",
 ]
@@ -96,6 +97,11 @@ class Key(_Secret):
             return None
 
 
+def key_of(text: str) -> Key:
+    """The key that a line of `generate_key` is."""
+    return Key(parse_key(text))
+
+
 class DataKey(_Secret):
     """The key of one save of one rank. `wrapped`: what the manifest holds, [{"id": hex, "wrapped": base64}]."""
 
@@ -127,9 +133,20 @@ class DataKey(_Secret):
 
 
 class Keyring:
-    """Every key of a configuration. `sealing` is None where only old checkpoints are to be opened."""
+    """Every key of a configuration. `sealing` is None where only old checkpoints are to be opened.
 
-    def __init__(self, sealing: Key | None, recipients: Iterable[Key] = (), old_keys: Iterable[Key] = ()) -> None:
+    With `refuse_plain` no checkpoint counts that is not encrypted.
+    """
+
+    def __init__(
+        self,
+        sealing: Key | None,
+        recipients: Iterable[Key] = (),
+        old_keys: Iterable[Key] = (),
+        *,
+        refuse_plain: bool = False,
+    ) -> None:
+        self.refuse_plain = refuse_plain
         self._sealing = sealing
         new = {key.id: key for key in (sealing, *recipients) if key is not None}
         self._new = tuple(new.values())
@@ -153,7 +170,8 @@ class Keyring:
         named = any(section.get(name) is not None for name in SOURCES)
         # With no key at all, reading one says what is missing.
         sealing = Key(read_secret(section, SECTION)) if named or not any(further.values()) else None
-        return cls(sealing, further["recipients"], further["old_keys"])
+        plain = bool(section.get("refuse_plain"))
+        return cls(sealing, further["recipients"], further["old_keys"], refuse_plain=plain)
 
     def __repr__(self) -> str:
         return f"Keyring({', '.join(self.ids)})"

@@ -13,7 +13,7 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -29,6 +29,8 @@ THREADS = 4
 """Reads of one file under way at once where it is read and not mapped."""
 _BLOCK = 16 << 20
 _HUGE_PAGE = 2 << 20
+ALIGNMENT = 64
+"""Of tensors with memory of their own, as torch aligns them."""
 _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
 _NETWORK = re.compile(r"nfs\d?|cifs|smb\d?|9p|virtiofs|fuse(?:blk|\..+)?|ceph|lustre|gpfs|beegfs|afs|pvfs2|gfs2|ocfs2")
 
@@ -78,12 +80,14 @@ def _detach(mapped: mmap.mmap) -> None:
 
 
 def room(size: int) -> memoryview:
-    """Writable private memory; in huge pages where that saves most of the cost of its first use.
+    """Writable private memory, aligned; in huge pages where that saves most of the cost of its first use.
 
     It is given back when the last view of it is gone. Raises MemoryError.
     """
     if size < 2 * _HUGE_PAGE:
-        return memoryview(bytearray(size))
+        small = bytearray(size + ALIGNMENT)
+        begin = -int(np.frombuffer(small, np.uint8).ctypes.data) % ALIGNMENT
+        return memoryview(small)[begin : begin + size]
     try:
         memory = mmap.mmap(-1, size + _HUGE_PAGE, access=mmap.ACCESS_COPY)
     except (OSError, OverflowError, ValueError) as error:
@@ -99,13 +103,13 @@ def open_bytes(storage: Storage, name: str, size: int | None, *, follow_links: b
 
     Raises FileNotFoundError, NotThatFileError, StorageError if it can't be read, MemoryError.
     """
-    with _open(storage, name, size, follow_links) as source:
+    with open_source(storage, name, size, follow_links=follow_links) as source:
         return source.memory()
 
 
 def digest_of(storage: Storage, name: str, size: int) -> str:
     """xxh3-128 in hex of the whole file, in bounded memory. Raises like `open_bytes`."""
-    with _open(storage, name, size, follow_links=False) as source:
+    with open_source(storage, name, size) as source:
         if source.is_mapped:
             with source.memory() as memory:
                 return xxhash.xxh3_128_hexdigest(memory.view)
@@ -118,14 +122,14 @@ def digest_of(storage: Storage, name: str, size: int) -> str:
         return digest.hexdigest()
 
 
-class _Source:
-    """An open file: `read(begin, out)` fills `out` from `begin` on, on any thread, and says how far it came."""
+class Source:
+    """An open file. `read(begin, parts)` fills memory from `begin` on, on any thread, and says how far it came."""
 
     def __init__(
         self,
         name: str,
         size: int,
-        read: Callable[[int, memoryview], int],
+        read: Callable[[int, Sequence[memoryview]], int],
         handle: AbstractContextManager[object],
         mapped: Callable[[], mmap.mmap] | None = None,
     ) -> None:
@@ -161,15 +165,20 @@ class _Source:
                 pass
 
     def _fill_block(self, out: memoryview, begin: int) -> None:
-        done = 0
-        while done < len(out):
+        self.scatter([out], begin)
+
+    def scatter(self, parts: Sequence[memoryview], begin: int) -> None:
+        """Fill `parts`, one after another, with what stands in the file from `begin` on; on any thread."""
+        parts = _after(parts, 0)
+        while parts:
             try:
-                count = self._read(begin + done, out[done:])
+                count = self._read(begin, parts)
             except OSError as error:
                 raise _unreadable(self._name, error) from error
             if count == 0:
-                raise NotThatFileError(f"it ends at byte {begin + done}: it was cut while it was read")
-            done += count
+                raise NotThatFileError(f"it ends at byte {begin}: it was cut while it was read")
+            begin += count
+            parts = _after(parts, count)
 
     def __enter__(self) -> Self:
         return self
@@ -180,7 +189,17 @@ class _Source:
         self._handle.__exit__(kind, error, trace)
 
 
-def _open(storage: Storage, name: str, size: int | None, follow_links: bool) -> _Source:
+def _after(parts: Sequence[memoryview], count: int) -> Sequence[memoryview]:
+    """What is left of `parts` when the first `count` bytes are filled."""
+    for number, part in enumerate(parts):
+        if count < len(part):
+            return [part[count:], *parts[number + 1 :]]
+        count -= len(part)
+    return ()
+
+
+def open_source(storage: Storage, name: str, size: int | None, *, follow_links: bool = False) -> Source:
+    """The file `name`, which must have `size` bytes (None: any). Raises like `open_bytes`."""
     source = _open_local(storage.path(name), follow_links) if storage.is_local else _open_remote(storage, name)
     if size is not None and source.size != size:
         with source:
@@ -188,7 +207,7 @@ def _open(storage: Storage, name: str, size: int | None, follow_links: bool) -> 
     return source
 
 
-def _open_local(path: str, follow_links: bool) -> _Source:
+def _open_local(path: str, follow_links: bool) -> Source:
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe in its place must not keep us waiting
     try:
         file = os.open(path, flags if follow_links else flags | os.O_NOFOLLOW)
@@ -210,20 +229,21 @@ def _open_local(path: str, follow_links: bool) -> _Source:
         except ValueError as error:
             raise NotThatFileError("it was cut while it was opened") from error
 
-    return _Source(
+    return Source(
         path,
         status.st_size,
-        lambda begin, out: os.preadv(file, [out], begin),
+        lambda begin, parts: os.preadv(file, parts, begin),
         handle,
         None if is_network(status.st_dev) else mapped,
     )
 
 
-def _open_remote(storage: Storage, name: str) -> _Source:
+def _open_remote(storage: Storage, name: str) -> Source:
     path = storage.path(name)
     stream = storage.open_input(name)
 
-    def read(begin: int, out: memoryview) -> int:
+    def read(begin: int, parts: Sequence[memoryview]) -> int:
+        out = parts[0]
         try:
             data = stream.read_at(len(out), begin)
         except OSError as error:
@@ -238,7 +258,7 @@ def _open_remote(storage: Storage, name: str) -> _Source:
     except OSError as error:
         with stream:
             raise _unreadable(path, error) from error
-    return _Source(path, size, read, stream)
+    return Source(path, size, read, stream)
 
 
 def _unreadable(path: str, error: OSError) -> OSError | StorageError:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ray_tracking.checkpoint.inplace import fit_module
+from ray_tracking.checkpoint.fitting import fit_module
 from ray_tracking.checkpoint.keys import Keyring
 from ray_tracking.checkpoint.loaded import ModelCheckpoint
 from ray_tracking.checkpoint.manager import open_store

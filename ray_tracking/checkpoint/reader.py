@@ -6,19 +6,18 @@ tensors.
 
 from __future__ import annotations
 
-import json
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ray_tracking.checkpoint import manifest as names
 from ray_tracking.checkpoint.keys import Keyring
 from ray_tracking.checkpoint.manifest import CheckpointInfo
+from ray_tracking.checkpoint.state_tree import StateTree, read_document, read_tree
 from ray_tracking.checkpoint.tensor_views import TensorFile, private_copies
-from ray_tracking.checkpoint.verified import CheckpointFiles, open_verified, problems, sealing_of
+from ray_tracking.checkpoint.verified import CheckpointFiles, UnreadFile, open_verified, problems, sealing_of
 from ray_tracking.errors import CheckpointCorruptError
 from ray_tracking.storage import Storage
 
@@ -29,8 +28,7 @@ __all__ = ["Local", "OpenCheckpoint", "open_verified", "problems", "read_objects
 
 Local = Callable[[str, tuple[int, ...], "torch.dtype"], "torch.Tensor"]
 """(name, whole shape, dtype) of a sharded tensor -> the tensor to stand for it in a state."""
-_FAMILIES = ("model", "state")
-_DAMAGE = (
+DAMAGE = (
     ValueError,
     KeyError,
     TypeError,
@@ -63,7 +61,7 @@ class OpenCheckpoint:
         self.path = storage.path(info.folder)
         self._files = CheckpointFiles(storage, info, keyring, nearby)
         self._documents: dict[int, dict[str, Any]] = {}
-        self._trees: dict[tuple[int, str], _Tree] = {}
+        self._trees: dict[tuple[int, str], StateTree] = {}
         self._tensors: dict[tuple[int, str], TensorFile | None] = {}
 
     def close(self, *, discard: bool = False) -> None:
@@ -102,7 +100,7 @@ class OpenCheckpoint:
         from ray_tracking.checkpoint.codec import decode_state
 
         self.prefetch([name], rank)
-        tree = self._tree(name, rank)
+        tree = self.tree(name, rank)
         with self._reading(tree.where):
             given = {each: self._find(tree.family, each, rank) for each in tree.whole}
         if copy:
@@ -122,16 +120,25 @@ class OpenCheckpoint:
 
     def prefetch(self, objects: Iterable[str], rank: int = 0) -> None:
         """Read and check now, on several threads, all files that the states of `objects` lie in."""
-        needs: dict[tuple[int, str], None] = {}
-        for name in objects:
-            tree = self._tree(name, rank)
-            if tree.whole and not tree.sharded:  # of a sharded one a rank wants few files; which, shows later
-                ranks = (tree.where,) if tree.where else range(self.info.world_size)
-                needs.update({(each, tree.family): None for each in ranks})
+        trees = [self.tree(name, rank) for name in objects]
+        # Of a sharded one a rank wants few files; which, shows later.
+        needs = dict.fromkeys(place for tree in trees if not tree.sharded for place in self.places(tree))
         missing = [place for place in needs if place not in self._tensors]
         self._files.open_all([(each, self._plain(family, each)) for each, family in missing])
         for each, family in missing:
             self._tensor_file(family, each)
+
+    def places(self, tree: StateTree) -> list[tuple[int, str]]:
+        """The (rank, family) of all files that tensors of a tree may lie in."""
+        ranks = (tree.where,) if tree.where else range(self.info.world_size)
+        return [(each, tree.family) for each in ranks] if tree.whole else []
+
+    def has_file(self, family: str, rank: int) -> bool:
+        return self._files.has(rank, self._plain(family, rank))
+
+    def unread(self, family: str, rank: int) -> UnreadFile | None:
+        """The file, if its bytes can be put anywhere as they are read. It is open until `close`."""
+        return self._files.unread(rank, self._plain(family, rank))
 
     def tensor(self, family: str, name: str, rank: int = 0) -> torch.Tensor:
         """A view of a tensor that is stored whole, in whichever rank's file of the family it lies (`rank`'s first)."""
@@ -174,7 +181,7 @@ class OpenCheckpoint:
 
     def family_of(self, name: str, rank: int = 0) -> str:
         """The family of files that the tensors of an object lie in."""
-        return self._tree(name, rank).family
+        return self.tree(name, rank).family
 
     def _places(self, name: str, rank: int) -> dict[int, tuple[int, ...]]:
         """Where the part of a tensor begins that each rank stored, in the order in which they are to be tried."""
@@ -191,17 +198,18 @@ class OpenCheckpoint:
                 raise CheckpointCorruptError(f"{self._files.path(rank, plain)} is not in the manifest of rank {rank}.")
             try:
                 with self._reading(rank):
-                    self._documents[rank] = _read_document(memory.view)
+                    self._documents[rank] = read_document(memory.view)
             finally:
                 self._files.drop(rank, plain)
         return self._documents[rank]
 
-    def _tree(self, name: str, rank: int) -> _Tree:
+    def tree(self, name: str, rank: int) -> StateTree:
+        """What is stored of an object, without its tensors. KeyError without it."""
         where = rank if name in self._document(rank)["objects"] else 0
         if (where, name) not in self._trees:
             entry = self._document(where)["objects"][name]
             with self._reading(where):
-                self._trees[where, name] = _read_tree(where, entry)
+                self._trees[where, name] = read_tree(where, entry)
         return self._trees[where, name]
 
     @contextmanager
@@ -209,7 +217,7 @@ class OpenCheckpoint:
         """What fails in here fails because of what the state file of `rank` says."""
         try:
             yield
-        except _DAMAGE as error:
+        except DAMAGE as error:
             path = self._files.path(rank, names.state_file(rank))
             raise CheckpointCorruptError(f"{path} is not what a checkpoint holds: {_reason(error)}.") from error
 
@@ -247,7 +255,7 @@ class OpenCheckpoint:
         return file.view(name)
 
     def _whole(
-        self, tree: _Tree, name: str, shape: tuple[int, ...], dtype: torch.dtype, rank: int, copy: bool
+        self, tree: StateTree, name: str, shape: tuple[int, ...], dtype: torch.dtype, rank: int, copy: bool
     ) -> torch.Tensor:
         whole = self.region(tree.family, name, (0,) * len(shape), shape, rank)
         with self._reading(tree.where):
@@ -262,19 +270,6 @@ class _Given(dict[str, "torch.Tensor"]):
         return self[name]
 
 
-@dataclass(frozen=True, slots=True)
-class _Tree:
-    """The tree of an object in the document of rank `where`: its tensors' files, their names, and of sharded ones
-    (whole shape, dtype).
-    """
-
-    where: int
-    family: str
-    body: Any
-    whole: tuple[str, ...]
-    sharded: Mapping[str, tuple[tuple[int, ...], str]]
-
-
 def read_objects(
     storage: Storage, info: CheckpointInfo, rank: int, *, only: str | None = None, keyring: Keyring | None = None
 ) -> dict[str, Any]:
@@ -286,37 +281,6 @@ def read_objects(
         chosen = [name for name in opened.saved_by(rank) if only in (None, name)]
         opened.prefetch(chosen, rank)
         return {name: opened.state(name, rank) for name in chosen}
-
-
-def _read_document(data: memoryview) -> dict[str, Any]:
-    document = json.loads(str(data, "utf-8"))
-    if not isinstance(document["objects"], dict) or not isinstance(document["pieces"], dict):
-        raise TypeError("objects and pieces are not by name")
-    return {"objects": document["objects"], "pieces": document["pieces"]}
-
-
-def _read_tree(where: int, entry: Any) -> _Tree:
-    family, body = entry["file"], entry["tree"]
-    if family not in _FAMILIES:
-        raise ValueError(f"tensors lie in {family!r}")
-    whole: dict[str, None] = {}
-    sharded: dict[str, tuple[tuple[int, ...], str]] = {}
-    waiting = [body]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, list):
-            waiting.extend(item)
-        elif isinstance(item, dict):
-            tag = item.get("$")
-            if tag == "tensor":
-                whole[item["name"]] = None
-            elif tag == "sharded":
-                sharded[item["name"]] = tuple(item["shape"]), item["dtype"]
-            elif tag in ("bytes", "bytearray", "array") and "tensor" in item:
-                whole[item["tensor"]] = None
-            else:
-                waiting.extend(item.values())
-    return _Tree(where, family, body, tuple(whole), sharded)
 
 
 def _torch_dtype(name: str) -> torch.dtype:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ray_tracking.checkpoint.mapping import room
+from ray_tracking.checkpoint.mapping import ALIGNMENT, room
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,6 @@ _MOST_HEADER = 100 << 20
 """The limit of the safetensors library."""
 _MOST_ITEMS = 1 << 60
 _MOST_DIMENSIONS = 64
-_ALIGNMENT = 64
 _DTYPES: dict[str, tuple[str, int]] = {
     "BOOL": ("bool", 1),
     "U8": ("uint8", 1),
@@ -50,6 +49,21 @@ class Span(NamedTuple):
     begin: int
     items: int
 
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.items * _DTYPES[self.dtype][1]
+
+    def torch_dtype(self, name: str) -> torch.dtype:
+        """ValueError, with the tensor's name, if this torch has no such dtype."""
+        import torch
+
+        torch_name = _DTYPES[self.dtype][0]
+        dtype = getattr(torch, torch_name, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"no file this torch reads: tensor {name!r} has the dtype {torch_name}")
+        return dtype
+
 
 class TensorFile:
     """The tensors of one file. Views are valid as long as they exist, even when `data` is let go elsewhere."""
@@ -68,23 +82,27 @@ class TensorFile:
         import torch
 
         span = self.spans[name]
-        torch_name, item = _DTYPES[span.dtype]
-        dtype = getattr(torch, torch_name, None)
-        if dtype is None:
-            raise ValueError(f"no file this torch reads: tensor {name!r} has the dtype {torch_name}")
+        dtype = span.torch_dtype(name)
         if span.items == 0:
             return torch.empty(span.shape, dtype=dtype)
-        flat = torch.frombuffer(self._data, dtype=torch.uint8, count=span.items * item, offset=span.begin)
-        if flat.data_ptr() % item:
+        flat = torch.frombuffer(self._data, dtype=torch.uint8, count=span.size, offset=span.begin)
+        if flat.data_ptr() % dtype.itemsize:
             return flat.clone().view(dtype).reshape(span.shape)
         return torch.frombuffer(self._data, dtype=dtype, count=span.items, offset=span.begin).reshape(span.shape)
 
 
-def parse_header(data: memoryview) -> tuple[dict[str, Span], dict[str, str]]:
-    """(place of every tensor, metadata)."""
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or not 2 <= length <= min(_MOST_HEADER, len(data) - 8) or data[8] != ord("{"):
+def header_size(begin: memoryview, size: int) -> int:
+    """Bytes before the first tensor of a file of `size` bytes, from its first nine."""
+    length = int.from_bytes(begin[:8], "little")
+    if len(begin) < 9 or not 2 <= length <= min(_MOST_HEADER, size - 8) or begin[8] != ord("{"):
         raise ValueError("not a safetensors file")
+    return 8 + length
+
+
+def parse_header(data: memoryview, size: int | None = None) -> tuple[dict[str, Span], dict[str, str]]:
+    """(place of every tensor, metadata). `size`: that of the file, where `data` is no more than its header."""
+    size = len(data) if size is None else size
+    length = header_size(data[:9], size) - 8
     try:
         header = json.loads(str(data[8 : 8 + length], "utf-8"), object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as error:
@@ -103,8 +121,8 @@ def parse_header(data: memoryview) -> tuple[dict[str, Span], dict[str, str]]:
         if begin != at:
             raise ValueError(f"not a safetensors file: tensor {name!r} begins at {begin} instead of {at}")
         at = end
-    if at != len(data):
-        raise ValueError(f"not a safetensors file: its tensors end at {at}, the file at {len(data)}")
+    if at != size:
+        raise ValueError(f"not a safetensors file: its tensors end at {at}, the file at {size}")
     return spans, metadata
 
 
@@ -150,7 +168,7 @@ def private_copies(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     size = 0
     for source in sources:
         begins.append(size)
-        size += -(-source.nbytes // _ALIGNMENT) * _ALIGNMENT
+        size += -(-source.nbytes // ALIGNMENT) * ALIGNMENT
     memory = room(size)
     copies = []
     moves = []

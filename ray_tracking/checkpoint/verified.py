@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from ray_tracking.checkpoint import manifest as names
 from ray_tracking.checkpoint import mapping
-from ray_tracking.checkpoint.keys import Keyring, WrongKeyError, no_key_error
+from ray_tracking.checkpoint.keys import SECTION, Keyring, WrongKeyError, no_key_error
 from ray_tracking.checkpoint.manifest import CheckpointInfo, Manifest, ManifestError
-from ray_tracking.checkpoint.mapping import FileMemory, NotThatFileError
+from ray_tracking.checkpoint.mapping import FileMemory, NotThatFileError, Source
 from ray_tracking.checkpoint.part import sealed_name
 from ray_tracking.checkpoint.sealing import CIPHER, SealBrokenError, Sealing, unseal
 from ray_tracking.errors import CheckpointCorruptError, RayTrackingError, StorageError
@@ -24,6 +26,14 @@ from ray_tracking.storage import Storage
 
 _THREADS = min(4, os.cpu_count() or 1)
 _log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadFile:
+    """An open file and the digest that its bytes have to have."""
+
+    source: Source
+    digest: str
 
 
 class CheckpointFiles:
@@ -40,6 +50,7 @@ class CheckpointFiles:
         self._keyring = keyring
         self._sealings: dict[int, Sealing] = {}
         self._open: dict[tuple[int, str], FileMemory] = {}
+        self._unread = ExitStack()
 
     def path(self, rank: int, plain: str) -> str:
         """Where it lies on storage."""
@@ -77,10 +88,34 @@ class CheckpointFiles:
         finally:
             del errors, outcomes  # the error holds this frame, which must not hold the error: it would never go
 
+    def has(self, rank: int, plain: str) -> bool:
+        return plain + self._sealing(rank).suffix in self._info.manifests[rank].files
+
+    def unread(self, rank: int, plain: str) -> UnreadFile | None:
+        """The file without its content, open until `close`, if it is stored as it is on a local file system; else None.
+
+        Of the wrong size, gone or damaged at its beginning counts as any other: `open` says what is wrong with it.
+        """
+        manifest = self._info.manifests[rank]
+        entry = manifest.files.get(plain)
+        if entry is None or entry.raw_size != entry.size or (rank, plain) in self._open or self._sealing(rank).suffix:
+            return None
+        name = names.join(self._info.folder, plain)
+        for storage in (self._nearby, self._storage):
+            if storage is None or not storage.is_local:
+                continue
+            with suppress(FileNotFoundError, NotThatFileError, StorageError):
+                source = self._unread.enter_context(mapping.open_source(storage, name, entry.size))
+                if storage is self._nearby:
+                    self.from_nearby.add(plain)
+                return UnreadFile(source, entry.digest)
+        return None
+
     def drop(self, rank: int, plain: str) -> None:
         self._open.pop((rank, plain)).close(discard=True)
 
     def close(self, *, discard: bool) -> None:
+        self._unread.close()
         opened, self._open = self._open, {}
         for memory in opened.values():
             memory.close(discard=discard)
@@ -107,6 +142,7 @@ class CheckpointFiles:
             if copied is not None:
                 self.from_nearby.add(stored)
                 return copied
+            self.from_nearby.discard(stored)
         return open_verified(self._storage, self._info, manifest, stored, sealing)
 
     def _copied(self, nearby: Storage, manifest: Manifest, stored: str, sealing: Sealing) -> FileMemory | None:
@@ -122,13 +158,20 @@ class CheckpointFiles:
 def sealing_of(storage: Storage, info: CheckpointInfo, manifest: Manifest, keyring: Keyring | None) -> Sealing:
     """How the files of a manifest are sealed. Of an encrypted one the manifest itself is proven with its key.
 
-    Raises CheckpointCorruptError if it was altered, WrongKeyError if `keyring` does not open it.
+    Raises CheckpointCorruptError if it was altered, or is plain and `keyring` refuses that; WrongKeyError if `keyring`
+    does not open it.
     """
     own = storage.path(names.join(info.folder, names.rank_file(manifest.rank, manifest.world_size)))
     if manifest.compression not in (None, "zstd"):
         raise CheckpointCorruptError(f"{own} names a compression that is not known: {manifest.compression!r}.")
     compression: Any = manifest.compression
     if manifest.encryption is None:
+        if keyring is not None and keyring.refuse_plain:
+            raise CheckpointCorruptError(
+                f"{own} is of a checkpoint that is not encrypted, and {SECTION}.refuse_plain is set: "
+                "nothing proves who wrote it.",
+                hint=f"If it is an old one of yours, restore it once with {SECTION}.refuse_plain=false.",
+            )
         return Sealing(compression)
     try:
         cipher, keys, mac = (manifest.encryption.get(key) for key in ("cipher", "keys", "mac"))

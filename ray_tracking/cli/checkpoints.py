@@ -1,6 +1,6 @@
 """`ray-tracking checkpoints ls|show|verify|export`: what was saved, read from storage alone.
 
-What stays of it is the matter of `keeping`.
+What stays of it is the matter of `keeping`, its keys that of `keys`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ray_tracking.cli import keys
 from ray_tracking.cli.options import ConfigFile, Debug, Environment, Json, StorageUri
 from ray_tracking.cli.places import (
     Directory,
@@ -39,6 +40,7 @@ _SHOWN = 50
 _REFUSED = 3
 
 group = typer.Typer(no_args_is_help=True, help="Checkpoints: list, show, verify, pin, prune, export.")
+group.add_typer(keys.group, name="key")
 
 
 @group.command("ls")

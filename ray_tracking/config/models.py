@@ -197,6 +197,8 @@ class EncryptionConfig(KeySource):
     """Others who can open what is saved, each with a key of their own; a list of key sources."""
     old_keys: KeySources = ()
     """Earlier keys, only to open what was saved with them; a list of key sources. Alone: nothing new is sealed."""
+    refuse_plain: bool = False
+    """Pass over checkpoints that are not encrypted: someone who can write to the storage may have put them there."""
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:

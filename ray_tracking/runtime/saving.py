@@ -34,6 +34,8 @@ _LAST_SECONDS = 60.0
 """The longest that a training function's exception waits for its checkpoint."""
 _OTHERS_SECONDS = 5.0
 """How long a rank waits for the other ranks' parts of that one, before Ray ends the group because of it."""
+_UNUSABLE = (RefusedError, StorageError, FileNotFoundError)
+"""What a checkpoint that can't be read on this rank raises."""
 _READY, _NO_ROOM, _FAILED, _DIFFERENT = range(4)
 """What a rank says before a save; the greatest decides for all."""
 
@@ -120,8 +122,8 @@ class Saver:
                 load = self._prepared(opened)
                 usable = all_true(load is not None)
                 if usable and load is not None:
-                    load()
-                    if self._nearby is not None:
+                    usable = all_true(self._loaded(load, info))
+                    if usable and self._nearby is not None:
                         log.info("read from this node's memory", bytes=opened.from_nearby, of=info.size)
                 del load  # it holds views of the files
             if not usable:
@@ -146,12 +148,21 @@ class Saver:
         return None
 
     def _prepared(self, opened: OpenCheckpoint) -> Callable[[], None] | None:
-        """What restores the checkpoint, with everything this rank reads of it verified; None (said) if that fails."""
+        """What restores the checkpoint on this rank; None (said) if it is known that it can't."""
         try:
             return prepare_load(self._objects, opened, rank=self._rank, world_size=self._world_size)
-        except (RefusedError, StorageError, FileNotFoundError) as error:
+        except _UNUSABLE as error:
             log.error("checkpoint not usable, trying the one before it", step=opened.info.step, reason=str(error))
             return None
+
+    def _loaded(self, load: Callable[[], None], info: CheckpointInfo) -> bool:
+        """Whether the objects now hold the checkpoint. If not, which is said, they are for another one to overwrite."""
+        try:
+            load()
+        except _UNUSABLE as error:
+            log.error("checkpoint not usable, trying the one before it", step=info.step, reason=str(error))
+            return False
+        return True
 
     @property
     def has_objects(self) -> bool:

@@ -16,6 +16,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from ray_tracking.checkpoint import inplace
 from ray_tracking.checkpoint.codec import encode_state
 from ray_tracking.checkpoint.inplace import load_into, restore
+from ray_tracking.checkpoint.keys import Key, Keyring
 from ray_tracking.checkpoint.loaded import TrainingCheckpoint
 from ray_tracking.checkpoint.manifest import CheckpointInfo
 from ray_tracking.checkpoint.reader import OpenCheckpoint
@@ -94,10 +95,15 @@ def state_tensors(optimizer: Optimizer) -> dict[tuple[int, str], torch.Tensor]:
     }
 
 
+@pytest.mark.parametrize("way", ["read once", "verified first"])
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("before", [0, 2], ids=["fresh", "in use"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_is_what_torch_itself_would_have_loaded(tmp_path: Path, name: str, before: int, world_size: int) -> None:
+def test_it_is_what_torch_itself_would_have_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, before: int, world_size: int, way: str
+) -> None:
+    if way == "verified first":
+        monkeypatch.setattr(inplace, "plan_direct", lambda *_: None)
     make = OPTIMIZERS[name]
     source, target, expected = trained(make, 1, 3), trained(make, 2, before), trained(make, 2, before)
     info = save(tmp_path, *source, world_size=world_size)
@@ -327,12 +333,28 @@ def test_nothing_changes_before_everything_is_checked(tmp_path: Path) -> None:
     for change, error, said in cases:
         with pytest.raises(error, match=said):
             load(tmp_path, info, {**objects, **change}, rng=True)
-    path = tmp_path / info.folder / "state-00000.safetensors"
+    assert bits(*target) == before
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("how", ["encrypted", "compressed"])
+def test_what_is_verified_first_changes_nothing_if_it_is_damaged(tmp_path: Path, how: str) -> None:
+    ring = Keyring(Key(bytes(range(32))))
+    sealed: dict[str, Any] = {"keyring": ring} if how == "encrypted" else {"compression": "zstd"}
+    target = trained(OPTIMIZERS["Adam"], 2, 1)
+    info = save(tmp_path, *trained(OPTIMIZERS["Adam"], 1, 1), own={"rng": [capture_rng()]}, **sealed)
+    before, random_state = bits(*target), torch.get_rng_state()
+    (path,) = (tmp_path / info.folder).glob("state-00000.safetensors.*")
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1
+    data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointCorruptError, match=r"state-00000\.safetensors"):
-        load(tmp_path, info, objects, rng=True)
+    objects = {"model": target[0], "optimizer": target[1]}
+    with (
+        OpenCheckpoint(Storage.open(tmp_path), info, ring) as opened,
+        pytest.raises(CheckpointCorruptError, match=r"state-00000\.safetensors") as caught,
+    ):
+        load_into(objects, opened)
+    assert "NaN" not in str(caught.value)
     assert bits(*target) == before
     assert torch.equal(torch.get_rng_state(), random_state)
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
@@ -374,7 +396,10 @@ def test_sharded_tensors_become_what_the_caller_makes_of_them(tmp_path: Path) ->
         load_into({"model": half}, opened, rng=False, local=fails)
 
 
-def test_a_large_optimizer_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_all_is_verified_first_a_large_optimizer_is_copied_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inplace, "plan_direct", lambda *_: None)
     source, target = trained(OPTIMIZERS["Adam"], 1, 1), trained(OPTIMIZERS["Adam"], 2, 1)
     info = save(tmp_path, *source)
     copied: list[int] = []

@@ -29,10 +29,11 @@ from ray_tracking.checkpoint.keys import (
     SealBrokenError,
     WrongKeyError,
     generate_key,
+    key_of,
     no_key_error,
 )
 from ray_tracking.config.models import EncryptionConfig
-from ray_tracking.errors import ConfigError, RefusedError
+from ray_tracking.errors import ConfigError, RefusedError, UsageError
 
 RANDOM = hashlib.sha256(b"\xfb\xff").digest()
 Source = Callable[[str], dict[str, str]]
@@ -144,10 +145,42 @@ def test_what_is_no_key_is_refused(text: str, why: str, key_file: Source) -> Non
 
 
 def test_how_to_make_a_key_makes_one(tmp_path: Path) -> None:
-    command = key_sources._HOW_TO_MAKE.removeprefix("Make one with: ").replace("python", sys.executable, 1)
+    program = f"{sys.executable} -m ray_tracking"
+    command = key_sources._HOW_TO_MAKE.removeprefix("Make one with: ").replace("ray-tracking", program, 1)
     assert os.waitstatus_to_exitcode(os.system(f"cd {tmp_path} && {command}")) == 0
     assert (tmp_path / "checkpoint.key").stat().st_mode & 0o777 == 0o600
     assert keyring({"key_file": str(tmp_path / "checkpoint.key")}).can_seal
+
+
+def test_a_key_file_is_for_its_owner_and_written_once(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.key"
+    key = key_of(text := generate_key())
+    before = os.umask(0)
+    try:
+        key_sources.write_key_file(path, text, key.id)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert keyring({"key_file": str(path)}).ids == (key.id,)
+    for name in (path, tmp_path / "link"):
+        if name != path:
+            name.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(RefusedError, match="is there already"):
+            key_sources.write_key_file(name, generate_key(), "0" * 16)
+    assert keyring({"key_file": str(path)}).ids == (key.id,)
+    assert not (tmp_path / "elsewhere").exists()
+    with pytest.raises(UsageError, match="No key file can be made"):
+        key_sources.write_key_file(tmp_path / "no" / "folder", text, key.id)
+
+
+def test_a_key_file_that_can_not_be_written_is_not_left_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(UsageError, match="No space left"):
+        key_sources.write_key_file(tmp_path / "checkpoint.key", generate_key(), "0" * 16)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def test_reads_run_at_once_where_they_are_no_mapping(storage: Storage, monkeypat
     if storage.uri != "elsewhere":
         return
     together = threading.Barrier(2, timeout=20)
-    fill = mapping._Source._fill_block
+    fill = mapping.Source._fill_block
     waited = []
 
     def wait(self: Any, out: memoryview, begin: int) -> None:
@@ -177,7 +177,7 @@ def test_reads_run_at_once_where_they_are_no_mapping(storage: Storage, monkeypat
             waited.append(together.wait())
         fill(self, out, begin)
 
-    monkeypatch.setattr(mapping._Source, "_fill_block", wait)
+    monkeypatch.setattr(mapping.Source, "_fill_block", wait)
     with open_bytes(storage, "f", None) as memory:
         assert memory.view == CONTENT
     assert len(waited) == 2

@@ -24,9 +24,12 @@ from hypothesis import strategies as st
 from ray_tracking.checkpoint import manifest as names
 from ray_tracking.checkpoint import mapping, verified
 from ray_tracking.checkpoint.codec import encode_state
-from ray_tracking.checkpoint.keys import Key, Keyring, WrongKeyError
+from ray_tracking.checkpoint.keys import Key, Keyring, WrongKeyError, generate_key
 from ray_tracking.checkpoint.manifest import CheckpointInfo
 from ray_tracking.checkpoint.reader import OpenCheckpoint, problems, read_objects
+from ray_tracking.checkpoint.store import CheckpointStore
+from ray_tracking.checkpoint.writer import WriterOptions
+from ray_tracking.config.models import EncryptionConfig
 from ray_tracking.errors import CheckpointCorruptError
 from ray_tracking.storage import Storage
 
@@ -531,3 +534,41 @@ def test_several_errors_at_once_leave_nothing_mapped(tmp_path: Path, monkeypatch
     else:
         pytest.fail("loaded")
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+# -- a plain checkpoint where all are to be encrypted ------------------------------------------------------
+
+
+def test_plain_ones_are_passed_over_where_they_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who can write to the storage, without a key, can't make a checkpoint that is restored."""
+    strict = Keyring(Key(bytes(range(32))), refuse_plain=True)
+    by_hand.write(tmp_path, objects(), step=5, keyring=KEYS)
+    plain = by_hand.write(tmp_path, objects(seed=1), step=6)
+    stripped = by_hand.write(tmp_path, objects(seed=2), step=7, keyring=KEYS)
+    for name in [*stripped.manifests[0].files, names.rank_file(0, 1)]:
+        (tmp_path / stripped.folder / name).unlink()
+    by_hand.write(tmp_path, objects(seed=3), step=7)
+    loaded = CheckpointStore(Storage.open(tmp_path), keyring=strict).load_latest()
+    assert loaded is not None
+    assert loaded.step == 5
+    said = capsys.readouterr().err
+    assert said.count("not encrypted") == 2
+    assert "step-000007/rank-00000-of-00001.json" in said
+    assert "training.default.encryption.refuse_plain is set" in said
+    (found,) = [each for each in problems(Storage.open(tmp_path), plain, strict) if "not encrypted" in each]
+    assert "step-000006" in found
+    tolerant = CheckpointStore(Storage.open(tmp_path), keyring=KEYS).load_latest()
+    assert tolerant is not None
+    assert tolerant.step == 7
+    shutil.rmtree(tmp_path / "step-000005")
+    with pytest.raises(CheckpointCorruptError, match="All 2 checkpoints"):
+        CheckpointStore(Storage.open(tmp_path), keyring=strict).load_latest()
+
+
+def test_refusing_plain_ones_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUR_KEY", generate_key())
+    for section, refuses in (({}, False), ({"refuse_plain": True}, True)):
+        encryption = EncryptionConfig(key_env="OUR_KEY", **section)
+        ring = WriterOptions.from_config({"encryption": encryption.to_dict()}).keyring
+        assert ring is not None
+        assert ring.refuse_plain is refuses
