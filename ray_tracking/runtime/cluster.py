@@ -114,10 +114,15 @@ def check(scaling: ScalingConfig, storage: Storage) -> None:
     check_capacity(scaling, nodes)
     here = {node.host for node in nodes if node.node_id == ray.get_runtime_context().get_node_id()}
     others = [node for node in holders(scaling, nodes) if node.host not in here]
-    if others:
-        problems = judge(examine(others, storage, forwarded_environment()), storage.uri)
-        if problems:
-            raise UsageError("\n".join(problem.message for problem in problems), hint=problems[0].hint)
+    if not others:
+        return
+    reports = examine(others, storage, forwarded_environment())
+    problems = judge(reports, storage.uri)
+    if problems:
+        raise UsageError("\n".join(problem.message for problem in problems), hint=problems[0].hint)
+    left = {report.host for report in reports if report.has_left}
+    if left:
+        check_capacity(scaling, [node for node in nodes if node.host not in left])
 
 
 def living_nodes() -> list[Node]:

@@ -250,6 +250,10 @@ class Run:
 
     # --- inside ---------------------------------------------------------------------------------------------
 
+    def standing_still(self) -> AbstractContextManager[None]:
+        """Inside, this rank waits for something other than training, and does not pass for one that hangs."""
+        return self._pulse.storing()
+
     def finish(self) -> None:
         """After the training function: the state at its end is a checkpoint too, if the strategy says so."""
         self._pulse.count += 1

@@ -18,12 +18,17 @@ from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_tracking.errors import StorageError
+from ray_tracking.log import get_logger
 from ray_tracking.runs.versions import installed_versions
 from ray_tracking.runtime.capacity import Node
 from ray_tracking.storage import Storage, without_credentials
 
-ANSWER_SECONDS = 40.0
-"""A worker process starts within a second or two on a machine that has time for it."""
+log = get_logger()
+
+ANSWER_SECONDS = 80.0
+"""A worker process starts within a second or two on a machine that has time for it; of a host that is cut off, Ray
+notices within 65 s (GCS health checks: five, each 10 s and a pause of 3 s)."""
+_SAID_SECONDS = 10.0
 _APPEAR_SECONDS = 4.0
 """NFS may show a new file late."""
 _SAME = ("ray", "ray-tracking", "torch")
@@ -31,12 +36,15 @@ _SAME = ("ray", "ray-tracking", "torch")
 
 @dataclass(frozen=True, slots=True)
 class HostReport:
-    """What one host says. `storage` is "" if it sees the probe and can write, else why not. `error`: it can't look."""
+    """What one host says. `storage` is "" if it sees the probe and can write, else why not. `error`: it can't look.
+    `has_left`: Ray has taken it out of the cluster meanwhile.
+    """
 
     host: str
     versions: Mapping[str, str] = field(default_factory=dict)
     storage: str = ""
     error: str = ""
+    has_left: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +88,15 @@ def gather(hosts: Mapping[str, list[Node]], ask: Callable[[Node], Any]) -> list[
     reports: list[HostReport] = []
     others = {host: list(nodes) for host, nodes in hosts.items()}
     waiting = {ask(nodes.pop()): host for host, nodes in others.items()}
-    end = time.monotonic() + ANSWER_SECONDS
+    begun = time.monotonic()
+    said = False
     while waiting:
-        done, _ = ray.wait(list(waiting), timeout=max(end - time.monotonic(), 0.0))
-        if not done:
+        left = begun + (ANSWER_SECONDS if said else _SAID_SECONDS) - time.monotonic()
+        done, _ = ray.wait(list(waiting), timeout=max(left, 0.0))
+        if not done and not said:
+            log.info("waiting for hosts that do not answer", hosts=sorted(waiting.values()), seconds=ANSWER_SECONDS)
+            said = True
+        elif not done:
             late = f"no answer within {ANSWER_SECONDS:.0f} s"
             return reports + [HostReport(host, error=late) for host in waiting.values()]
         for reference in done:
@@ -94,7 +107,7 @@ def gather(hosts: Mapping[str, list[Node]], ask: Callable[[Node], Any]) -> list[
                 if others[host]:
                     waiting[ask(others[host].pop())] = host
                 else:
-                    reports.append(HostReport(host, error=f"it has just left the cluster ({_last_line(error)})"))
+                    reports.append(HostReport(host, error=_last_line(error), has_left=True))
             except RayError as error:
                 reports.append(HostReport(host, error=_last_line(error)))
         if any(report.storage for report in reports):
@@ -159,11 +172,16 @@ def _look(uri: str, name: str, content: bytes, environment: dict[str, str]) -> C
 
 
 def judge(reports: Iterable[HostReport], uri: str, ours: Mapping[str, str] | None = None) -> list[Problem]:
-    """What keeps the run from starting. `ours`: the versions of the driver's host (None: those installed here)."""
+    """What keeps the run from starting. `ours`: the versions of the driver's host (None: those installed here).
+
+    A host that has left keeps nobody from it; whether the others suffice is another question.
+    """
     here = installed_versions() if ours is None else ours
     found = []
     for report in reports:
-        if report.error:
+        if report.has_left:
+            log.warning("a host has just left the cluster; it goes without", host=report.host, reason=report.error)
+        elif report.error:
             found.append(Problem(f"The host {report.host} can't run workers: {report.error}.", _INSTALL))
         elif report.storage:
             said = f"The host {report.host} does not share the storage {without_credentials(uri)}: {report.storage}."

@@ -16,6 +16,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from ray_tracking.errors import RayTrackingError
 from ray_tracking.log import get_logger
+from ray_tracking.runtime.callbacks import as_runs_need_them
 from ray_tracking.runtime.restarts import RestartPolicy
 from ray_tracking.tracking.transport import Transport, TransportError
 
@@ -37,7 +38,11 @@ class InterruptibleTrainer(TorchTrainer):
     _controller: Any = None
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        return super()._initialize_and_run_controller(**{**arguments, "failure_policy": self.restarts})
+        ours = {
+            "failure_policy": self.restarts,
+            "callbacks": as_runs_need_them(arguments["callbacks"], self),
+        }
+        return super()._initialize_and_run_controller(**{**arguments, **ours})
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller

@@ -5,7 +5,9 @@ In: a WorkerTask. Out: an `Outcome`; nothing that training does wrong is raised 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
 
 from ray.exceptions import RayError
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -17,7 +19,6 @@ from ray_tracking.runs.record import Status
 from ray_tracking.runtime.actor import ActorTransport
 from ray_tracking.runtime.failures import Reason, hopeless_of, reason_of
 from ray_tracking.runtime.interrupts import InterruptibleTrainer, Interrupts
-from ray_tracking.runtime.ownership import Ownership
 from ray_tracking.runtime.restarts import RestartPolicy
 from ray_tracking.runtime.stopping import STOPPED
 from ray_tracking.runtime.worker import WorkerTask, work
@@ -35,12 +36,24 @@ class Outcome(NamedTuple):
     error: BaseException | None = None
 
 
-def train_on_ray(task: WorkerTask, directory: Storage, attempt: int, owner: Ownership) -> Outcome:
+class Owner(Protocol):
+    """Of the run; inside the block `abort` is called, on another thread, if training is to be aborted."""
+
+    def aborting(self, abort: Callable[[], object]) -> AbstractContextManager[None]: ...
+
+
+def train_on_ray(
+    task: WorkerTask,
+    directory: Storage,
+    attempt: int,
+    owner: Owner,
+    kind: type[InterruptibleTrainer] = InterruptibleTrainer,
+) -> Outcome:
     """Blocks until training is through, has failed for good, or was stopped. `attempt` names Ray's run directory.
 
     If another process becomes the run's owner, training is aborted: `owner.check` raises then.
     """
-    trainer = _trainer(task, directory, attempt)
+    trainer = _trainer(task, directory, attempt, kind)
     tracker = ActorTransport(task.actor)
     interrupts = Interrupts(tracker)
     try:
@@ -68,9 +81,11 @@ def train_on_ray(task: WorkerTask, directory: Storage, attempt: int, owner: Owne
     return Outcome(Status.ABORTED, "stopped by request", stopped)
 
 
-def _trainer(task: WorkerTask, directory: Storage, attempt: int) -> InterruptibleTrainer:
+def _trainer(
+    task: WorkerTask, directory: Storage, attempt: int, kind: type[InterruptibleTrainer]
+) -> InterruptibleTrainer:
     scaling = task.config.scaling
-    trainer = InterruptibleTrainer(
+    trainer = kind(
         work,
         train_loop_config={"task": task},
         scaling_config=ScalingConfig(

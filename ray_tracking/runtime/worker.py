@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import gc
+from ray_tracking.runtime import imports
+
+# isort: split
 import logging
 import os
 import random
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,6 +21,7 @@ import torch
 from ray.train.v2._internal.execution import context as report_context
 
 from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy
+from ray_tracking.checkpoint.manifest import Manifest
 from ray_tracking.checkpoint.writer import WriterOptions
 from ray_tracking.config import Config
 from ray_tracking.errors import CheckpointError, JournalError, LeaseError, RayTrackingError
@@ -59,10 +63,27 @@ class WorkerTask:
     """Of a sweep: looks through what rank 0 logs for the metric that is searched for."""
 
 
-class Reporter(Protocol):
-    """Makes the `log_metrics` of a trial."""
+Register = Callable[[Mapping[str, Any], str, "Future[Manifest]"], None]
 
-    def watch(self, run: Run, sender: Sender) -> Callable[..., None]: ...
+
+class Reporter(Protocol):
+    """Sees what a trial restores, logs and saves, and its end."""
+
+    def attach(self, run: Run) -> None:
+        """On all ranks, before training."""
+        ...
+
+    def watch(self, run: Run, sender: Sender) -> Callable[..., None]:
+        """On rank 0: its `log_metrics`."""
+        ...
+
+    def registering(self, plain: Register, attempt_folder: str) -> Register:
+        """On all ranks: what is told of each checkpoint as it is begun."""
+        ...
+
+    def finish(self) -> None:
+        """On rank 0: the training function has returned, and all checkpoints are written."""
+        ...
 
 
 class RunTracker(NoopTracker):
@@ -88,9 +109,7 @@ def work(loop_config: Mapping[str, Any]) -> str | None:
     A sweep's trial calls it too, with {"place": Place} in it.
     """
     task: WorkerTask = loop_config["task"]
-    if not gc.get_freeze_count():
-        # The modules loaded by now stay. Looking through them takes 0.2 s, at the start and now and then in training.
-        gc.freeze()
+    imports.import_what_training_needs()
     for name, value in task.environment.items():
         os.environ.setdefault(name, value)
     place: Place = loop_config.get("place") or InRayTrain()
@@ -124,7 +143,9 @@ def work(loop_config: Mapping[str, Any]) -> str | None:
         attempt=attempt,
         attempts=broadcast(RunStore(Storage.open(task.storage)).load(task.run_id).attempts if rank == 0 else None),
         before_commit=lambda: _may_commit(sender, transport),  # on every rank: their own numbers make a curve too
-        register=place.register,
+        register=place.register
+        if task.reporter is None
+        else task.reporter.registering(place.register, place.folder(attempt)),
         fail_on_error=rules.on_write_failure == "fail",
         nearby=claim_nearby(rules.memory_copy, directory),
     )
@@ -136,7 +157,8 @@ def work(loop_config: Mapping[str, Any]) -> str | None:
         """On all ranks: no record of the attempt comes before the one that says what it goes on from."""
         if rank == 0:
             logger.begin_attempt(resumed_from_step)
-            _all_journaled(sender)
+            if world_size > 1:  # else there is one sender, and what it sends stays in order
+                _all_journaled(sender)
         broadcast(None)
 
     announce(saver.newest_step)
@@ -157,6 +179,8 @@ def work(loop_config: Mapping[str, Any]) -> str | None:
         announce=announce,
         pulse=pulse,
     )
+    if task.reporter is not None:
+        task.reporter.attach(run)
     watch.logged, watch.step = lambda: sender.logged, lambda: run.step
     if task.reporter is not None and rank == 0:
         run.log_metrics = tracker.log_metrics = task.reporter.watch(run, sender)  # type: ignore[method-assign]
@@ -167,6 +191,8 @@ def work(loop_config: Mapping[str, Any]) -> str | None:
     try:
         task.train(run)
         run.finish()
+        if task.reporter is not None and rank == 0 and not run.was_stopped:
+            task.reporter.finish()
         return STOPPED if run.was_stopped else None
     except TrainingStopped:
         # Not raised on: Ray would take it for a failure and start the workers again.

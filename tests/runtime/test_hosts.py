@@ -24,7 +24,7 @@ def test_hosts_that_agree_are_no_problem() -> None:
             HostReport("h2", {"python": "3.11.2", "ray": "2.60.0"}),
             ["ray-tracking not", "torch not installed"],
         ),
-        (HostReport("h2", error="no answer within 40 s"), ["h2", "no answer"]),
+        (HostReport("h2", error="no answer within 80 s"), ["h2", "no answer"]),
     ],
 )
 def test_the_host_is_named_with_what_is_wrong(report: HostReport, said: list[str]) -> None:
@@ -64,5 +64,5 @@ def test_of_a_host_that_was_started_again_the_node_that_lives_is_asked() -> None
 
     reports = {report.host: report for report in gather(by_host(nodes), ask)}
     assert reports["h1"] == HostReport("h1", OURS)
-    assert "has just left the cluster" in reports["h2"].error
-    assert len(judge(reports.values(), "/runs", OURS)) == 1
+    assert reports["h2"].has_left
+    assert judge(reports.values(), "/runs", OURS) == [], "the others may suffice"
