@@ -17,6 +17,7 @@ from ray_tracking.cli import (
     job_driver,
     keeping,
     logs,
+    report,
     resume,
     runs,
     status,
@@ -85,6 +86,7 @@ checkpoints.group.command("pin")(keeping.pin)
 checkpoints.group.command("unpin")(keeping.unpin)
 checkpoints.group.command("prune")(keeping.prune)
 app.command("export")(export.export)
+app.command("report")(report.report)
 app.command("sync")(sync.sync)
 app.command("status")(status.status)
 app.command("logs")(logs.logs)

@@ -6,7 +6,6 @@ Names come from users, so everything shown goes through `Text`: nothing of it is
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,6 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ray_tracking.monitoring.jsontext import plain
+from ray_tracking.monitoring.wording import duration, number, size
+
+__all__ = ["cell", "console", "duration", "facts", "number", "print_json", "printable", "size", "table"]
 
 _STYLES = {
     "running": "cyan", "completed": "green", "failed": "red", "aborted": "yellow", "interrupted": "yellow",
@@ -61,36 +63,6 @@ def cell(value: object) -> Text:
 def printable(text: str) -> str:
     """Control characters, a terminal's escape sequences among them, as `?`."""
     return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
-
-
-def number(value: float | None) -> str:
-    """Five significant digits; whole numbers below a million as they are."""
-    if value is None:
-        return "-"
-    if math.isfinite(value) and value == int(value) and abs(value) < 1e6:
-        return str(int(value))
-    return f"{value:.5g}"
-
-
-def duration(seconds: float) -> str:
-    """`45s`, `3m 20s`, `2h 05m`, `3d 4h`."""
-    whole = max(0, int(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d {whole % 86400 // 3600}h"
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units: `1.2 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> Table:

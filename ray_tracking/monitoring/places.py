@@ -5,7 +5,7 @@ In: a run of a storage, or a directory. Out: `Place`, with the rules that say wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -98,14 +98,21 @@ def directory_place(
     return _of_record(RunRecord.from_json(data, storage.path(_RECORD)), storage, now)
 
 
-def all_places(runs: RunStore, now: float) -> tuple[list[Place], list[str]]:
-    """Every run of a storage, and the directory of plain scripts beside them; also what could not be read, and why."""
+def run_places(runs: RunStore, run_ids: Iterable[str], now: float) -> tuple[list[Place], list[str]]:
+    """The places of these runs; also what could not be read, and why."""
     places, problems = [], []
-    for run_id in runs.ids():
+    for run_id in run_ids:
         try:
             places.append(run_place(runs, run_id, now))
         except RayTrackingError as error:
             problems.append(f"{run_id}: {error}")
+    return places, problems
+
+
+def all_places(runs: RunStore, now: float) -> tuple[list[Place], list[str]]:
+    """Every run of a storage, those that are trials too, and the directory of plain scripts beside them; also what
+    could not be read, and why."""
+    places, problems = run_places(runs, (each for run_id in runs.ids() for each in (run_id, *runs.trials(run_id))), now)
     if runs.storage.exists(SCRIPTS):
         places.append(Place(runs.storage.child(SCRIPTS)))
     return places, problems

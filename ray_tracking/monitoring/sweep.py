@@ -20,7 +20,8 @@ _READERS = 16
 
 @dataclass(frozen=True, slots=True)
 class TrialView:
-    """`value` is the best that the metric reached; `metrics` {key: {last, best}}; times are Unix seconds."""
+    """`value` is the best that the metric reached; `metrics` {key: {last, best}}; times are Unix seconds; `steps` the
+    step it came to."""
 
     trial: int
     run_id: str
@@ -31,6 +32,9 @@ class TrialView:
     metrics: Mapping[str, Mapping[str, float | None]]
     started: float | None
     ended: float | None
+    steps: int = 0
+    takeovers: tuple[Mapping[str, Any], ...] = ()
+    """Of a population: each time that it went on from another trial's state, as in its record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +110,9 @@ def _view(store: SweepStore, trial: TrialRecord, metric: str, mode: str, of_swee
     metrics = dict(sorted(summary.best(metric, mode).items()))
     value = trial.value if status.is_over else metrics.get(metric, {}).get("best")
     return TrialView(
-        trial.number, run_id, status.value, trial.reason, trial.params, value, metrics, trial.started, trial.ended
-    )
+        trial.number, run_id, status.value, trial.reason, trial.params, value, metrics, trial.started, trial.ended,
+        summary.last_step, trial.takeovers,
+    )  # fmt: skip
 
 
 def _with_value(trial: TrialRecord, view: TrialView) -> TrialRecord:
