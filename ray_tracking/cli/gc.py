@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 def gc(
     run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="A run id, the beginning of one, or `latest` (the default).")
+        str | None,
+        typer.Argument(
+            metavar="RUN", help="A run id, the beginning of one, or `latest` (the default); a sweep with its trials."
+        ),
     ] = None,
     all_runs: Annotated[
         bool, typer.Option("--all-runs", help="Every run of the storage, and the plain scripts' directory beside them.")
@@ -46,7 +49,7 @@ def gc(
     from ray_tracking.cli import output
     from ray_tracking.errors import UsageError
     from ray_tracking.monitoring.memory_copies import memory_copies
-    from ray_tracking.monitoring.places import all_places
+    from ray_tracking.monitoring.places import all_places, run_places
     from ray_tracking.monitoring.strays import RECENT, assume_idle, collect, strays
 
     if all_runs and (run is not None or directory is not None):
@@ -54,7 +57,12 @@ def gc(
     if all_runs:
         places, problems = all_places(open_store(storage, config, env), time.time())
     else:
-        places, problems = [open_place(run, directory, storage=storage, config=config, env=env)], []
+        place = open_place(run, directory, storage=storage, config=config, env=env)
+        places, problems = [place], []
+        if directory is None and place.run_id is not None:
+            runs = open_store(storage, config, env)
+            of_trials, problems = run_places(runs, runs.trials(place.run_id), time.time())
+            places += of_trials
     entries: list[dict[str, Any]] = []
     screen = output.console()
     for place in places:
@@ -75,6 +83,8 @@ def gc(
         return
     _print_copies(copies, dry_run)
     where = places[0].title if len(places) == 1 else counted(len(places), "place")
+    if not all_runs and len(places) > 1:
+        where = f"{places[0].title} and its {counted(len(places) - 1, 'trial')}"
     if not entries:
         summary = f"Nothing left over in {where}."
     else:

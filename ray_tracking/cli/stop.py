@@ -1,4 +1,4 @@
-"""`ray-tracking stop RUN`: ends a run in order, with all its records and a last checkpoint."""
+"""`ray-tracking stop RUN`: ends a run or sweep in order, with all its records and last checkpoints."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def stop(
 ) -> None:
     """End a run in order, with a last checkpoint.
 
+    Of a sweep, every trial under way saves one.
     It is `aborted` then, and can be resumed. The request is a file in the run's directory, so it works from wherever
     the storage can be written. A submitted run that does not end within --timeout has its job stopped.
     """
@@ -41,7 +42,6 @@ def stop(
     if found.store is None or now:
         _stop_job(found, "at once" if now else "at once, for its storage can't be seen from here")
         return
-    _refuse_sweep(found.store, found.run_id)
     if not _is_running(found.store, found.run_id):
         return
     _ask(found.store, found.run_id)
@@ -56,17 +56,6 @@ def stop(
         hint="A step may take longer than that: wait with another `stop`. To end it without a last checkpoint, "
         "interrupt it where it was started (Ctrl-C, SIGTERM).",
     )
-
-
-def _refuse_sweep(store: RunStore, run_id: str) -> None:
-    from ray_tracking.errors import UsageError
-    from ray_tracking.runs.sweep import SweepStore
-
-    if SweepStore(store, run_id).exists():
-        raise UsageError(
-            f"{run_id} is a sweep: `stop` ends runs, and trials by their own id.",
-            hint=f"Interrupt it where it was started (Ctrl-C, SIGTERM). `ray-tracking resume {run_id}` goes on then.",
-        )
 
 
 def _is_running(store: RunStore, run_id: str) -> bool:
@@ -91,15 +80,16 @@ def _is_running(store: RunStore, run_id: str) -> bool:
 
 def _ask(store: RunStore, run_id: str) -> None:
     from ray_tracking.runs import stopping
+    from ray_tracking.runs.sweep import SweepStore
 
     stopping.request(store.directory(run_id))
-    typer.echo(f"Asked {run_id} to save a checkpoint and end.", err=True)
+    trials = " have its trials" if SweepStore(store, run_id).exists() else ""
+    typer.echo(f"Asked {run_id} to{trials} save a checkpoint and end.", err=True)
 
 
 def _wait(store: RunStore, run_id: str, timeout: float) -> bool:
     """Until the record says that the run has ended; False if the time ran out first."""
     from ray_tracking.cli.output import duration
-    from ray_tracking.runs.summary import Summary
 
     begun = said = time.monotonic()
     while True:
@@ -111,14 +101,35 @@ def _wait(store: RunStore, run_id: str, timeout: float) -> bool:
             return False
         if time.monotonic() - said >= _SAY_SECONDS:
             said = time.monotonic()
-            step = Summary.load(store.directory(run_id)).last_step
-            typer.echo(f"Waiting for it to end: step {step}, {duration(said - begun)}.", err=True)
+            typer.echo(f"Waiting for it to end: {_standing(store, run_id)}, {duration(said - begun)}.", err=True)
         time.sleep(_POLL_SECONDS if store.storage.is_local else _REMOTE_SECONDS)
+
+
+def _standing(store: RunStore, run_id: str) -> str:
+    from ray_tracking.runs.summary import Summary
+    from ray_tracking.runs.sweep import SweepStore, TrialStatus
+
+    sweep = SweepStore(store, run_id)
+    if not sweep.exists():
+        return f"step {Summary.load(store.directory(run_id)).last_step}"
+    running = [trial for trial in sweep.load() if trial.status is TrialStatus.RUNNING]
+    return f"{len(running)} trial{'s' * (len(running) != 1)} under way"
 
 
 def _tell_end(store: RunStore, record: Any) -> None:
     from ray_tracking.checkpoint.store import CheckpointStore
+    from ray_tracking.runs.sweep import SweepStore
 
+    sweep = SweepStore(store, record.run_id)
+    if sweep.exists():
+        trials = sweep.load()
+        over = sum(trial.status.is_over for trial in trials)
+        text = f"The sweep {record.run_id} is {record.status.value}: {over} trials have ended"
+        left = len(trials) - over
+        typer.echo(f"{text}, {left} can be gone on with." if left else f"{text}.")
+        if record.status.value != "completed":
+            typer.echo(f"Go on with it:  ray-tracking resume {record.run_id}")
+        return
     saved = max((info.step for info in CheckpointStore(store.directory(record.run_id)).checkpoints()), default=None)
     checkpoint = "no checkpoint" if saved is None else f"its last checkpoint is of step {saved}"
     typer.echo(f"The run {record.run_id} is {record.status.value}; {checkpoint}.")

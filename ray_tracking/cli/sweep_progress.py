@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ray_tracking.cli.output import console, duration, number, printable, table
+from ray_tracking.cli.output import cell, console, duration, number, printable
+from ray_tracking.monitoring.compare import flatten
+from ray_tracking.monitoring.wording import value
 
 if TYPE_CHECKING:
     from ray_tracking.runs.sweep import TrialRecord
     from ray_tracking.runtime.sweep.result import SweepProgress
 
-_ROWS = 20
-"""Trials in the live table, the newest; what is above them is counted."""
+_OTHER_LINES = 6
+"""Of the terminal, those that are no trial's."""
+_MOST_PARAMS = 8
 
 
 def summary(report: SweepProgress) -> str:
@@ -44,18 +48,65 @@ def best_so_far(report: SweepProgress) -> TrialRecord | None:
     return best_of(report.trials, report.mode)
 
 
-def rows(report: SweepProgress) -> list[tuple[object, ...]]:
-    """trial, status, step, metric now, best, params; the newest trials last."""
-    from ray_tracking.cli.sweep import shown
+def shown_trials(report: SweepProgress, most: int) -> list[TrialRecord]:
+    """Those under way, the best, and of the others the newest; by number. Pure."""
+    best = best_so_far(report)
+    by_weight = sorted(
+        report.trials,
+        key=lambda trial: (
+            trial.status.value != "running",
+            best is None or trial.number != best.number,
+            -trial.number,
+        ),
+    )
+    return sorted(by_weight[: max(most, 1)], key=lambda trial: trial.number)
 
+
+def param_columns(trials: Sequence[TrialRecord]) -> dict[str, str]:
+    """Dotted name -> heading, of the params that differ between trials: the end of the name that no other has. Pure."""
+    flats = [flatten(trial.params) for trial in trials]
+    names = dict.fromkeys(name for flat in flats for name in flat)
+    differing = [name for name in names if len(flats) < 2 or len({str(flat.get(name)) for flat in flats}) > 1]
+    ends = [name.rsplit(".", 1)[-1] for name in differing]
+    return {
+        name: end if ends.count(end) == 1 else name
+        for name, end in list(zip(differing, ends, strict=True))[:_MOST_PARAMS]
+    }
+
+
+def rows(report: SweepProgress, trials: Sequence[TrialRecord], params: Iterable[str]) -> list[tuple[object, ...]]:
+    """trial, status, step, metric now, best, then each of `params`."""
     found: list[tuple[object, ...]] = []
-    for trial in report.trials[-_ROWS:]:
+    for trial in trials:
         at = report.standing.get(trial.number, {})
         now = at.get("metrics", {}).get(report.metric)
-        found.append(
-            (trial.number, trial.status.value, at.get("step"), number(now), number(trial.value), shown(trial.params))
-        )
+        flat = flatten(trial.params)
+        values = [value(flat[name]) if name in flat else None for name in params]
+        found.append((trial.number, trial.status.value, at.get("step"), number(now), number(trial.value), *values))
     return found
+
+
+def drawn(report: SweepProgress, height: int) -> Any:
+    """The table for a terminal of so many lines: how far it is on top, a line per trial, the best one bold."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    trials = shown_trials(report, height - _OTHER_LINES)
+    params = param_columns(report.trials)
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title, width in (("trial", None), ("status", 11), ("step", None), ("now", 8), ("best", 8)):
+        justify: Any = "left" if title == "status" else "right"
+        made.add_column(title, justify=justify, no_wrap=True, min_width=width)
+    for heading in params.values():
+        made.add_column(printable(heading), no_wrap=True, overflow="ellipsis")
+    best = best_so_far(report)
+    for trial, row in zip(trials, rows(report, trials, params), strict=True):
+        is_best = best is not None and trial.number == best.number
+        made.add_row(*(cell(each) for each in row), style="bold" if is_best else None)
+    hidden = len(report.trials) - len(trials)
+    more = [Text(f"and {hidden} more", style="dim")] if hidden else []
+    return Group(Text(summary(report)), Text(""), made, *more)
 
 
 class SweepProgressView:
@@ -90,12 +141,7 @@ class SweepProgressView:
         """Show it: the table on a terminal; elsewhere a line whenever a trial has ended."""
         line = summary(report)
         if self._live is not None:
-            from rich.console import Group
-            from rich.text import Text
-
-            columns = ("trial", "status", "step", "now", "best", "params")
-            drawn = table("", columns, rows(report), right=("step", "now", "best"))
-            self._live.update(Group(drawn, Text(line)))
+            self._live.update(drawn(report, self._live.console.size.height))
             self._last = line
             return
         over = sum(trial.status.is_over for trial in report.trials)

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, Strict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ray_tracking.config import sweep_points
 from ray_tracking.config.sections import Positive, Seconds, Section, Text, whole
+from ray_tracking.config.sweep_population import bounded, mutable
 from ray_tracking.config.sweep_space import (
     GRID,
     Distribution,
@@ -44,10 +45,18 @@ SEARCHERS: Mapping[str, Searcher] = {
 }
 _OTHER = Searcher(conditional="not known to work with this searcher; use optuna, hyperopt or random")
 
+POPULATIONS = frozenset({"pbt", "pb2"})
+"""Schedulers whose trials train side by side, and take over each other's states."""
+WITH_STATE = POPULATIONS | {"hyperband"}
+"""Schedulers that stop trials and go on with them from the checkpoint that belongs to their last report."""
+_POPULATION_KEYS = frozenset({"interval_reports", "grace_reports", "quantile_fraction", "mutate"})
 _SCHEDULER_KEYS: Mapping[str, frozenset[str]] = {
     "none": frozenset(),
     "asha": frozenset({"max_reports", "grace_reports", "reduction_factor"}),
     "median": frozenset({"grace_reports"}),
+    "hyperband": frozenset({"max_reports", "reduction_factor"}),
+    "pbt": _POPULATION_KEYS | {"resample_probability"},
+    "pb2": _POPULATION_KEYS,
 }
 
 
@@ -82,16 +91,24 @@ class SearcherConfig(Section):
 
 
 class SchedulerConfig(Section):
-    """Who ends trials early. Counted in reports: each time that training logs the metric is one."""
+    """Who ends trials early, or changes them. Counted in reports: each time that training logs the metric is one."""
 
-    name: Literal["none", "asha", "median"] = "none"
-    """none, asha or median."""
+    name: Literal["none", "asha", "median", "hyperband", "pbt", "pb2"] = "none"
+    """none, asha, median, hyperband, pbt or pb2."""
     max_reports: Positive | None = None
-    """asha: a trial is at its end after so many; null: without limit."""
+    """asha, hyperband: a trial is at its end after so many; null: without limit, which hyperband can't."""
     grace_reports: Positive | None = None
-    """asha, median: no trial is ended before so many; null: 1."""
+    """asha, median: no trial is ended before so many; pbt, pb2: none takes over another's state; null: 1."""
     reduction_factor: Annotated[int, BeforeValidator(whole), Ge(2)] | None = None
-    """asha: of so many trials one goes on; null: 3."""
+    """asha, hyperband: of so many trials one goes on; null: 3."""
+    interval_reports: Positive | None = None
+    """pbt, pb2: trials are compared each time that they have made so many; null: 1."""
+    quantile_fraction: Annotated[float, Gt(0), Le(0.5)] | None = None
+    """pbt, pb2: so many of the worst take over states of so many of the best; null: 0.25."""
+    resample_probability: Annotated[float, Ge(0), Le(1)] | None = None
+    """pbt: how often a param is drawn anew instead of moved; null: 0.25."""
+    mutate: Annotated[tuple[Text, ...], Strict(False)] | None = None
+    """pbt, pb2: params (dotted names) that change with it; null: all of the space but grids and conditional ones."""
 
     @model_validator(mode="after")
     def _check_keys(self) -> Self:
@@ -102,6 +119,9 @@ class SchedulerConfig(Section):
             for key in self
             if key != "name" and self[key] is not None and key not in used
         ]
+        if self.name == "hyperband" and self.max_reports is None:
+            allowed = "the number of reports of a whole training: hyperband plans by it"
+            problems.append(Problem(("max_reports",), None, allowed))
         return _checked(self, problems)
 
 
@@ -154,7 +174,7 @@ class SweepConfig(Section):
         problems = [Problem(("space", *path), value, allowed) for path, value, allowed in found]
         problems += [*self._of_searcher()]
         if not problems:
-            problems = [*self._of_abilities(tree), *self._of_points(tree)]
+            problems = [*self._of_abilities(tree), *self._of_points(tree), *self._of_population(tree)]
         return _checked(self, problems)
 
     def tree(self) -> Group:
@@ -180,6 +200,29 @@ class SweepConfig(Section):
                 yield Problem(("space", *path), _value_at(self.space, path), reason)
         if name == GRID and not any(_is_grid(node) for _, node in nodes):
             yield Problem(("space",), self.space, "at least one {grid: [...]}, since the searcher is grid")
+
+    def _of_population(self, tree: Group) -> Iterator[Problem]:
+        name = self.scheduler.name
+        if name not in POPULATIONS:
+            return
+        if self.searcher.name not in ("random", GRID):
+            yield Problem(
+                ("searcher", "name"), self.searcher.name, f"random or grid with {name}, which changes the params itself"
+            )
+        if self.num_samples == 1 and not any(_is_grid(node) for _, node in walk(tree)):
+            yield Problem(("num_samples",), 1, f"at least 2 with {name}: its trials learn from each other")
+        known = mutable(tree)
+        for index, each in enumerate(self.scheduler.mutate or ()):
+            if each not in known:
+                allowed = "a param that the space draws: " + (", ".join(known) or "it draws none")
+                yield Problem(("scheduler", "mutate", str(index)), each, allowed)
+        chosen = {key: node for key, node in known.items() if key in (self.scheduler.mutate or known)}
+        if not known:
+            yield Problem(("space",), self.space, f"at least one param that {name} can change: not grids or conditions")
+        for key, node in chosen.items():
+            if name == "pb2" and not bounded(node):
+                allowed = "uniform or loguniform with pb2; leave the param out of scheduler.mutate, or use pbt"
+                yield Problem(("space", *key.split(".")), _value_at(self.space, tuple(key.split("."))), allowed)
 
     def _of_points(self, tree: Group) -> Iterator[Problem]:
         if self.points and any(_is_grid(node) for _, node in walk(tree)):

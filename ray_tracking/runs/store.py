@@ -106,6 +106,14 @@ class RunStore:
             if entry.is_dir and _may_be_run(entry.name) and self.storage.exists(f"{entry.name}/{_RECORD}"):
                 yield entry.name
 
+    def trials(self, sweep_id: str) -> list[str]:
+        """The run ids of a sweep's trials that have begun, sorted; none for a run that is no sweep."""
+        if sweep_of(sweep_id) is not None:
+            return []
+        below = self.directory(sweep_id)
+        names = [entry.name for entry in below.list() if entry.is_dir and sweep_of(entry.name) == sweep_id]
+        return sorted(name for name in names if below.exists(f"{name}/{_RECORD}"))
+
 
 def _may_be_run(name: str) -> bool:
     """Whether a folder can be a run's; others, such as .ipynb_checkpoints, are none of ours."""

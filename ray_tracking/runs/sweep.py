@@ -62,6 +62,15 @@ class TrialRecord:
     ended: float | None = None
     tune_id: str = ""
     """Ray Tune's name of it in the newest session."""
+    takeovers: tuple[Mapping[str, Any], ...] = ()
+    """Of a population: each time that it took over another trial's state. {number, run_id, step, reports: whose, and
+    how far that was; at_step, at_reports: how far this trial was; before: its params until then; time}."""
+
+    @property
+    def proposed(self) -> Mapping[str, Any]:
+        """The params that the searcher proposed, before any takeover changed them."""
+        found: Mapping[str, Any] = self.takeovers[0]["before"] if self.takeovers else self.params
+        return found
 
     def to_json(self) -> bytes:
         return json.dumps({**asdict(self), "schema": SCHEMA}, indent=1, default=str).encode()
@@ -73,7 +82,8 @@ class TrialRecord:
             found = json.loads(data)
             names = {each.name for each in fields(cls)}
             known: dict[str, Any] = {key: value for key, value in found.items() if key in names}
-            return cls(**{**known, "status": TrialStatus(known["status"])})
+            takeovers = tuple(known.get("takeovers", ()))
+            return cls(**{**known, "status": TrialStatus(known["status"]), "takeovers": takeovers})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RayTrackingError(
                 f"{source} is damaged: {type(error).__name__}: {error}",

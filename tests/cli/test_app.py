@@ -14,8 +14,8 @@ from ray_tracking.errors import RefusedError, RunFailedError
 from tests.cli.conftest import Cli
 
 COMMANDS = (
-    "demo", "train", "sweep", "submit", "resume", "runs", "checkpoints", "gc", "export", "sync", "status", "logs",
-    "stop", "ui", "doctor",
+    "demo", "train", "sweep", "submit", "resume", "runs", "checkpoints", "gc", "export", "report", "sync", "status",
+    "logs", "stop", "ui", "doctor",
 )  # fmt: skip
 
 

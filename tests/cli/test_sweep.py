@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import io
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from ray_tracking.cli.sweep import shown
-from ray_tracking.cli.sweep_progress import SweepProgressView, summary
+from ray_tracking.cli.sweep_progress import SweepProgressView, drawn, param_columns, shown_trials, summary
 from ray_tracking.runs.store import RunStore
 from ray_tracking.runs.sweep import SweepStore, TrialRecord, TrialStatus
 from tests.cli.conftest import Cli
@@ -112,3 +114,44 @@ def test_params_are_shown_in_one_line() -> None:
     assert shown({"lr": 0.0012345678, "o": {"kind": "adam", "betas": [0.9, 0.99]}}) == (
         "lr=0.0012346 o.kind=adam o.betas=[0.9, 0.99]"
     )
+
+
+def _under_way(count: int) -> Any:
+    from ray_tracking.runtime.sweep.result import SweepProgress
+
+    trials = [
+        TrialRecord(
+            number,
+            {"lr": 0.001 * number, "width": 32, "optimizer": {"kind": "sgd", "momentum": 0.01 * number}},
+            TrialStatus.RUNNING if number in (2, count) else TrialStatus.COMPLETED,
+            value=1.0 if number == 3 else 2.0,
+        )
+        for number in range(1, count + 1)
+    ]
+    return SweepProgress("s", "val/loss", "min", trials, count, {2: {"step": 7, "metrics": {}}}, 61.0, 30.0)
+
+
+def test_the_live_table_fits_the_terminal_and_keeps_what_runs_and_the_best() -> None:
+    from rich.console import Console
+
+    report = _under_way(30)
+    assert [trial.number for trial in shown_trials(report, 6)] == [2, 3, 27, 28, 29, 30]
+    screen = Console(width=70, height=14, record=True, file=io.StringIO(), force_terminal=True)
+    screen.print(drawn(report, 14))
+    lines = screen.export_text().splitlines()
+    assert len(lines) <= 14
+    assert lines[0].startswith("28/30 trials  2 running  best val/loss 1 (trial 3)")
+    assert "30s left" in " ".join(lines[:2])
+    (head,) = [line for line in lines if "trial  status" in line]
+    assert head.split() == ["trial", "status", "step", "now", "best", "lr", "momentum"]
+    assert lines[-1].strip() == "and 22 more"
+
+
+def test_params_that_differ_have_columns_with_short_headings() -> None:
+    trials = [
+        TrialRecord(1, {"a": {"lr": 1, "width": 8}, "b": {"lr": 2}}),
+        TrialRecord(2, {"a": {"lr": 3, "width": 8}, "b": {"lr": 4}, "depth": {"of": 5}}),
+    ]
+    assert param_columns(trials) == {"a.lr": "a.lr", "b.lr": "b.lr", "depth.of": "of"}
+    assert param_columns(trials[:1]) == {"a.lr": "a.lr", "a.width": "width", "b.lr": "b.lr"}
+    assert param_columns([]) == {}

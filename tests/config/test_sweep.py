@@ -180,6 +180,37 @@ def test_ends_are_finite_numbers(value):
             "scheduler.max_reports: found 5 (a whole number), allowed: null; the keys of median: grace_reports.",
         ),
         (
+            {"scheduler": {"name": "pb2", "resample_probability": 0.5}},
+            "scheduler.resample_probability: found 0.5 (a number), allowed: null; the keys of pb2: grace_reports, "
+            "interval_reports, mutate, quantile_fraction.",
+        ),
+        (
+            {"scheduler": {"name": "pbt", "quantile_fraction": 0.6}},
+            "scheduler.quantile_fraction: found 0.6 (a number), allowed: a number, above 0, at most 0.5, or null.",
+        ),
+        (
+            {"scheduler": {"name": "pbt", "mutate": ["lrr"]}},
+            'scheduler.mutate.0: found "lrr" (text), allowed: a param that the space draws: lr.',
+        ),
+        (
+            {"scheduler": "pbt", "searcher": "optuna"},
+            'searcher.name: found "optuna" (text), allowed: random or grid with pbt, which changes the params itself.',
+        ),
+        (
+            {"scheduler": "pbt", "num_samples": 1},
+            "num_samples: found 1 (a whole number), allowed: at least 2 with pbt: its trials learn from each other.",
+        ),
+        (
+            {"scheduler": "pbt", "space": {"a": {"grid": [1, 2]}}},
+            "space: found a mapping with the keys a, allowed: at least one param that pbt can change: not grids or "
+            "conditions.",
+        ),
+        (
+            {"scheduler": "pb2", "space": {"a": {"b": {"choice": [1, 2]}}, **LR}},
+            "space.a.b: found a mapping with the keys choice, allowed: uniform or loguniform with pb2; leave the param "
+            "out of scheduler.mutate, or use pbt.",
+        ),
+        (
             {"points": [{"lr": 1.0}]},
             "points.0.lr: found 1.0 (a number), allowed: a value of loguniform [1e-05, 0.1].",
         ),
@@ -203,6 +234,13 @@ def test_names_alone_are_short_for_their_sections():
     found = sweep(searcher="optuna", scheduler="asha")
     assert (found.searcher.name, found.scheduler.name) == ("optuna", "asha")
     assert sweep(searcher={"name": "optuna", "options": {"n_startup_trials": 3}}).searcher.options["n_startup_trials"]
+
+
+def test_a_population_changes_all_of_the_space_or_what_is_named():
+    space = {**LR, "width": {"choice": [16, 32]}, "of": {"decay": {"uniform": [0, 1]}}, **CONDITIONAL}
+    assert sweep(space=space, scheduler="pbt").scheduler.mutate is None
+    found = sweep(space=space, scheduler={"name": "pb2", "mutate": ["lr", "of.decay"], "interval_reports": 2})
+    assert found.scheduler.mutate == ("lr", "of.decay")
 
 
 def test_a_conditional_space_and_a_point_of_it_are_taken_by_those_that_can():

@@ -11,9 +11,22 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ray_tracking.runs.sweep import SweepStore, TrialRecord, TrialStatus, best_of
+from ray_tracking.runtime.sweep.reporting import REPORTS, STATE_STEP
+
+
+class Exploit(NamedTuple):
+    """A trial is to go on from the state of another. `trial`, `donor`: Ray Tune's ids."""
+
+    trial: str
+    donor: str
+    at: Mapping[str, Any]
+    """The result by which the trial was found to be worse."""
+    state: Mapping[str, Any]
+    """The donor's result that its state belongs to."""
+    params: Mapping[str, Any]
 
 
 class Book:
@@ -89,6 +102,22 @@ class Book:
         if math.isfinite(value) and (best is None or (value < best if self.mode == "min" else value > best)):
             best = value
         self._trials[trial.number] = replace(trial, value=best, reports=max(reports, trial.reports))
+
+    def take_over(self, exploit: Exploit) -> TrialRecord:
+        """The trial goes on from another one's state, with new params."""
+        trial = self._trials[self.number_of(exploit.trial)]
+        takeover = {
+            "number": len(trial.takeovers) + 1,
+            "run_id": self.run_id(self.number_of(exploit.donor)),
+            "step": exploit.state[STATE_STEP],
+            "reports": exploit.state[REPORTS],
+            "at_step": exploit.at["step"],
+            "at_reports": exploit.at[REPORTS],
+            "before": dict(trial.params),
+            "time": time.time(),
+        }
+        self._keep(replace(trial, params=dict(exploit.params), takeovers=(*trial.takeovers, takeover)))
+        return self._trials[trial.number]
 
     def tell(self, tune_id: str, value: float | None, error: bool) -> None:
         """The searcher is told of the trial's end."""

@@ -6,6 +6,7 @@ closed and let go when it ends, so that memory and open files do not grow with t
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -17,11 +18,13 @@ import ray
 
 from ray_tracking.checkpoint import CheckpointStore
 from ray_tracking.config.merging import merge
-from ray_tracking.errors import RayTrackingError, RefusedError
+from ray_tracking.errors import RefusedError
 from ray_tracking.log import bind, configure, get_logger
 from ray_tracking.records import Kind
 from ray_tracking.runs.store import RunStore
 from ray_tracking.runs.sweep import SweepStore
+from ray_tracking.runtime.sweep.mailbox import Answer, Mailbox, Number
+from ray_tracking.runtime.sweep.takeover import Takeover, hold
 from ray_tracking.storage import Storage
 from ray_tracking.tracking.cursor import BackendState
 from ray_tracking.tracking.priority import stand_back
@@ -32,6 +35,7 @@ from ray_tracking.tracking.transport import pack
 log = get_logger()
 
 _PARENT_SECONDS = 20.0
+_TRIALS_PER_COLLECTION = 8
 
 
 class Begun(NamedTuple):
@@ -40,6 +44,10 @@ class Begun(NamedTuple):
     run_id: str
     task: bytes
     """The worker's task, pickled; run id, params and tracker are the trial's own to fill in."""
+    since: float
+    """Tells this start of the trial from others, for `rest`."""
+    with_state: bool = False
+    """Whether reports wait for the checkpoint that belongs to them."""
 
 
 class _Live(NamedTuple):
@@ -48,12 +56,15 @@ class _Live(NamedTuple):
     actor: Any
     position: Any
     changed: float
+    since: float
 
 
 class SweepHub:
     """Methods run on several threads. `call` and `append` are what `ActorTransport` needs of a tracker actor."""
 
-    def __init__(self, sweep: str, trial: str, environment: Mapping[str, str], task: bytes) -> None:
+    def __init__(
+        self, sweep: str, trial: str, environment: Mapping[str, str], task: bytes, *, with_state: bool = False
+    ) -> None:
         """`sweep`: TrackerSpec of the sweep's own run; `trial`: that of a trial, without run id and params."""
         for name, value in environment.items():
             os.environ.setdefault(name, value)
@@ -63,8 +74,10 @@ class SweepHub:
         configure("warning" if self._sweep.log_level == "info" else self._sweep.log_level, json=self._sweep.log_json)
         bind(run=self._sweep.run_id)
         self._task = task
+        self._with_state = with_state
         self._runs = RunStore(Storage.open(self._sweep.storage))
         self._opening = threading.Lock()
+        self._noting = threading.Lock()
         self._making: dict[str, threading.Lock] = {}
         self._services: dict[str, TrackerService] = {}
         self._ended: dict[str, dict[str, Any]] = {}
@@ -72,8 +85,10 @@ class SweepHub:
         self._live: dict[str, _Live] = {}
         self._causes: dict[str, str] = {}
         """Of trials that would fail again."""
+        self._mail: dict[str, Mailbox] = {}
         self._reasons: dict[str, str] = {}
         self._own: TrackerService | None = None
+        self._is_stopping = False
 
     def ready(self) -> int:
         """Begin a session of the sweep: its run's attempts are its sessions. Raises what TrackerService raises.
@@ -95,8 +110,16 @@ class SweepHub:
             raise RefusedError(cause)
         self._wait_for_sweep()
         self._service(run_id, params)
-        self._live[run_id] = _Live(actor, None, time.monotonic())
-        return Begun(run_id, self._task)
+        self._mail[run_id] = Mailbox()
+        now = time.monotonic()
+        self._live[run_id] = _Live(actor, None, now, now)
+        return Begun(run_id, self._task, now, self._with_state)
+
+    def rest(self, run_id: str, since: float) -> None:
+        """Ray Tune has ended the trial's process, perhaps only until it goes on: it can't hang meanwhile."""
+        live = self._live.get(run_id)
+        if live is not None and live.since == since:
+            self._live.pop(run_id, None)
 
     def _wait_for_sweep(self) -> None:
         """Backends that show trials below their sweep take them more readily when that is there."""
@@ -112,12 +135,22 @@ class SweepHub:
             raise RefusedError(f"The sweep {self._sweep.run_id} knows no trial {tune_id}.")
         return store.run_id(found.number)
 
+    def hold(self, takeover: Mapping[str, Any], run_id: str) -> None:
+        """The trial will take over another's state: that must not be deleted until then."""
+        hold(self._runs, Takeover(**takeover), run_id)
+
     def failed(self, run_id: str, reason: str, hopeless: bool) -> None:
         """The trial's function raised. `hopeless`: it would again."""
         self._reasons[run_id] = reason
         if hopeless:
             self._causes[run_id] = reason
         self._service(run_id).end_attempt(reason)
+
+    def stop_trials(self) -> None:
+        """Ask every trial under way, and every one that still begins, to save a last checkpoint and end."""
+        self._is_stopping = True
+        for service in list(self._services.values()):
+            service.request_stop()
 
     def why_failed(self, run_id: str) -> str | None:
         """What the trial's function raised since this was last asked; None: its process died without a word."""
@@ -133,6 +166,9 @@ class SweepHub:
             self._making.pop(run_id, None)
             self._live.pop(run_id, None)
             self._ended[run_id] = {"metrics": report["metrics"], "last_step": report["last_step"]}
+            due = len(self._ended) % _TRIALS_PER_COLLECTION == 0
+        if due:
+            _forget_the_dead()
         return self._ended[run_id]
 
     def drop_checkpoints(self, run_id: str) -> int:
@@ -153,14 +189,36 @@ class SweepHub:
                 ray.kill(live.actor)
         return killed
 
+    # --- between rank 0 of a group and the trial's own process ------------------------------------------------------
+
+    def report(self, run_id: str, number: Number, result: Any, seconds: float) -> Answer | None:
+        return self._box(run_id).report(number, result, seconds)
+
+    def next_report(self, run_id: str, after: Number, seconds: float) -> tuple[Number, Any] | None:
+        return self._box(run_id).next(after, seconds)
+
+    def waits_for_answer(self, run_id: str) -> bool:
+        return self._box(run_id).is_waiting
+
+    def end_reports(self, run_id: str, seconds: float) -> bool:
+        return self._box(run_id).end(seconds)
+
+    def reports_ended(self, run_id: str) -> None:
+        self._box(run_id).ended()
+
+    def _box(self, run_id: str) -> Mailbox:
+        with self._opening:  # after this actor has died it is a new one
+            return self._mail.setdefault(run_id, Mailbox())
+
     # --- the sweep's own run ----------------------------------------------------------------------------------------
 
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
         """Into the sweep's own journal, at the number of trials that have ended."""
-        sequence = time.time_ns() // 1000  # grows over restarts of this actor, too
-        event = (sequence, Kind.SCALAR.value, step, time.time(), dict(metrics))
-        session = self._runs.load(self._sweep.run_id).attempts[-1].number
-        self._parent().append(0, session, pack([event]))
+        with self._noting:  # one after the other: what comes with an earlier sequence passes for a repetition
+            sequence = time.time_ns() // 1000  # grows over restarts of this actor, too
+            event = (sequence, Kind.SCALAR.value, step, time.time(), dict(metrics))
+            session = self._runs.load(self._sweep.run_id).attempts[-1].number
+            self._parent().append(0, session, pack([event]))
 
     def close(self, status: str, reason: str) -> dict[str, Any]:
         return self._parent().close(status, reason)
@@ -190,7 +248,7 @@ class SweepHub:
                 return True  # its process is about to be ended
             live = self._live.get(run_id)
             if live is not None and live.position != arguments[0]:
-                self._live[run_id] = _Live(live.actor, arguments[0], time.monotonic())
+                self._live[run_id] = live._replace(position=arguments[0], changed=time.monotonic())
         return getattr(self._service(run_id), method)(*arguments)
 
     def _service(self, run_id: str, params: Mapping[str, Any] | None = None) -> TrackerService:
@@ -201,6 +259,8 @@ class SweepHub:
                 service, _ = self._known(run_id)
                 if service is None:
                     service = TrackerService(self._spec(run_id, params), alone=False, idle=self._idle)
+                    if self._is_stopping:
+                        service.request_stop()
                     with self._opening:
                         self._services[run_id] = service
         return service
@@ -222,30 +282,10 @@ class SweepHub:
         )
 
 
-class _Remote:
-    """`handle.method.remote(...)` with a run id put before the arguments."""
-
-    def __init__(self, hub: Any, method: str, run_id: str) -> None:
-        self._hub = hub
-        self._method = method
-        self._run_id = run_id
-
-    def remote(self, *arguments: Any) -> Any:
-        return getattr(self._hub, self._method).remote(self._run_id, *arguments)
-
-
-class TrialHandle:
-    """What stands for a tracker actor where there is a hub: one of its runs. Can be pickled."""
-
-    def __init__(self, hub: Any, run_id: str) -> None:
-        self.append = _Remote(hub, "append", run_id)
-        self.call = _Remote(hub, "call", run_id)
-
-
-def reason_in_words(error: BaseException) -> str:
-    """One line, secrets removed."""
-    from ray_tracking.config import redact_text
-
-    text = redact_text(error.message if isinstance(error, RayTrackingError) else str(error)).strip()
-    first = text.splitlines()[0] if text else ""
-    return first if isinstance(error, RayTrackingError) else f"{type(error).__name__}: {first}".rstrip(": ")
+def _forget_the_dead() -> None:
+    """Each tracker that starts leaves all objects that there are out of later collections (see `settle`), those of
+    other trials with them: what of these is garbage by now would stay for good.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()

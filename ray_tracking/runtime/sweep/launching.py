@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_tracking.checkpoint.keys import key_variables
 from ray_tracking.config import Config, redact
+from ray_tracking.config.sweep import WITH_STATE
 from ray_tracking.errors import RayTrackingError
 from ray_tracking.runtime.actor import forwarded_environment
 from ray_tracking.runtime.context import Run
@@ -21,11 +22,17 @@ from ray_tracking.runtime.worker import WorkerTask
 from ray_tracking.tracking.spec import TrackerSpec
 
 _HUB_THREADS = 64
+_THREADS_PER_GROUP = 2
+"""Calls of a trial of several workers that wait in the hub: rank 0's and the trial's own."""
 
 
-def start_hub(config: Config, spec: TrackerSpec, train: Callable[[Run], Any]) -> tuple[Any, int]:
-    """The actor and the number of this session. Raises what TrackerService raises."""
-    rules = config.training.default.model_copy(update={"monitor": spec.monitor, "mode": spec.mode})
+def start_hub(config: Config, spec: TrackerSpec, train: Callable[[Run], Any], at_once: int) -> tuple[Any, int]:
+    """The actor and the number of this session. `at_once`: trials at a time. Raises what TrackerService raises."""
+    with_state = config.sweep is not None and config.sweep.scheduler.name in WITH_STATE
+    changed: dict[str, Any] = {"monitor": spec.monitor, "mode": spec.mode}
+    if with_state:  # what is reported at an epoch's end is to have its state
+        changed["save_on_epoch_end"] = True
+    rules = config.training.default.model_copy(update=changed)
     of_trial = config.model_copy(
         update={"sweep": None, "training": config.training.model_copy(update={"default": rules})}
     )
@@ -53,7 +60,7 @@ def start_hub(config: Config, spec: TrackerSpec, train: Callable[[Run], Any]) ->
             num_cpus=0,
             max_restarts=-1,
             max_task_retries=-1,
-            max_concurrency=_HUB_THREADS,
+            max_concurrency=_HUB_THREADS + (_THREADS_PER_GROUP * at_once if config.scaling.workers > 1 else 0),
             scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
         )
         .remote(
@@ -61,6 +68,7 @@ def start_hub(config: Config, spec: TrackerSpec, train: Callable[[Run], Any]) ->
             trial.to_json(),
             forwarded_environment(),
             cloudpickle.dumps(task),
+            with_state=with_state,
         )
     )
     try:

@@ -20,13 +20,25 @@ log = get_logger()
 
 
 class RecordedSearcher(Searcher):
-    """`expect(tune_id, run_id)` is called before Ray Tune can start a trial."""
+    """`expect(tune_id, run_id)` is called before Ray Tune can start a trial; `may_start` says whether it may now,
+    `is_closed` that none will any more."""
 
-    def __init__(self, inner: Searcher, book: Book, metric: str, mode: str, expect: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        inner: Searcher,
+        book: Book,
+        metric: str,
+        mode: str,
+        expect: Callable[[str, str], None],
+        may_start: Callable[[], bool] = lambda: True,
+        is_closed: Callable[[], bool] = lambda: False,
+    ) -> None:
         super().__init__(metric=metric, mode=mode)
         self._inner = inner
         self._book = book
         self._expect = expect
+        self._may_start = may_start
+        self._is_closed = is_closed
         self._replay()
 
     def _replay(self) -> None:
@@ -34,7 +46,7 @@ class RecordedSearcher(Searcher):
         for event, trial in self._book.history():
             if event == "suggested":
                 found = self._inner.suggest(_name(trial))
-                differs += not _same(found, trial.params)
+                differs += not _same(found, trial.proposed)
             else:
                 result = None if trial.told_value is None else self._result(trial)
                 self._inner.on_trial_complete(_name(trial), result=result, error=trial.told_error)
@@ -54,6 +66,10 @@ class RecordedSearcher(Searcher):
         return bool(self._inner.set_max_concurrency(max_concurrent))
 
     def suggest(self, trial_id: str) -> Any:
+        if self._is_closed():
+            return Searcher.FINISHED
+        if not self._may_start():
+            return None
         trial = self._book.take_unfinished(trial_id)
         if trial is None:
             # Known to it by our own name, which is the same when it is asked again.
@@ -62,13 +78,16 @@ class RecordedSearcher(Searcher):
                 return found
             trial = self._book.propose(found, trial_id)
         self._expect(trial_id, self._book.run_id(trial.number))
-        return {"params": dict(trial.params)}
+        return trial_config(trial)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._inner.on_trial_result(self._name(trial_id), {**result, "trial_id": self._name(trial_id)})
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         name = self._name(trial_id)
+        trial = self._book[self._book.number_of(trial_id)]
+        if result is None and not error and trial.value is not None:  # stopped while it waited for others
+            result = {self.metric: trial.value, "training_iteration": max(trial.reports, 1)}
         value = (result or {}).get(self.metric)
         self._inner.on_trial_complete(name, result={**result, "trial_id": name} if result else None, error=error)
         self._book.tell(trial_id, None if value is None else float(value), error)
@@ -84,6 +103,13 @@ class RecordedSearcher(Searcher):
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
+
+
+def trial_config(trial: TrialRecord) -> dict[str, Any]:
+    """What Ray Tune gives to the trial's function."""
+    newest = trial.takeovers[-1] if trial.takeovers else None
+    names = ("number", "run_id", "step", "reports")
+    return {"params": dict(trial.params), "takeover": newest and {name: newest[name] for name in names}}
 
 
 def _name(trial: TrialRecord) -> str:

@@ -9,8 +9,10 @@ from typing import Any
 from ray.tune import Stopper
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from ray_tracking.config.sweep import SchedulerConfig, StopConfig
-from ray_tracking.runtime.sweep.trial import REPORTS
+from ray_tracking.config.sweep import POPULATIONS, StopConfig, SweepConfig
+from ray_tracking.runtime.sweep.hyperband import HyperBand
+from ray_tracking.runtime.sweep.population import Exploited, ModelledPopulation, Population
+from ray_tracking.runtime.sweep.reporting import REPORTS
 
 _NO_LIMIT = 1_000_000
 
@@ -23,9 +25,27 @@ class Reasons:
         self.sweep: str | None = None
 
 
-def make_scheduler(config: SchedulerConfig, metric: str, mode: str, reasons: Reasons) -> TrialScheduler:
-    """The scheduler, which notes in `reasons` whom it ends."""
+def make_scheduler(
+    search: SweepConfig,
+    metric: str,
+    mode: str,
+    reasons: Reasons,
+    *,
+    seed: int,
+    exploited: Exploited,
+    total: int,
+    at_once: int,
+) -> TrialScheduler:
+    """The scheduler, which notes in `reasons` whom it ends. `exploited`: see `population`. `total`: trials of this
+    session.
+    """
+    config = search.scheduler
     scheduler: TrialScheduler
+    if config.name in POPULATIONS:
+        kind = Population if config.name == "pbt" else ModelledPopulation
+        return kind(config, search.tree(), metric, mode, seed, exploited)
+    if config.name == "hyperband":
+        return HyperBand(config, metric, mode, reasons.trials, total=total, at_once=at_once)
     if config.name == "asha":
         scheduler = AsyncHyperBandScheduler(
             time_attr=REPORTS,

@@ -13,10 +13,11 @@ from ray.tune import Callback
 from ray_tracking.log import get_logger
 from ray_tracking.runs.record import Status
 from ray_tracking.runs.sweep import TrialStatus, ranking
+from ray_tracking.runtime.sweep.asked import STOPPED_BY_REQUEST, Asked
 from ray_tracking.runtime.sweep.book import Book
+from ray_tracking.runtime.sweep.reporting import REPORTS
 from ray_tracking.runtime.sweep.result import SweepProgress, time_left
 from ray_tracking.runtime.sweep.stopping import Reasons
-from ray_tracking.runtime.sweep.trial import REPORTS
 
 log = get_logger()
 
@@ -59,13 +60,20 @@ class Watch(Callback):
         self._observer = observer
         self._sweep_id = sweep_id
         self._begun = time.monotonic()
+        self._asked: Asked | None = None
         self._ending: dict[Any, tuple[int, TrialStatus, str]] = {}
         self._causes: dict[int, str] = {}
         self._dropped: set[int] = set()
+        self._told: list[Any] = []
+        """What the hub was told to do, and must have done before its end."""
         self._looked = 0.0
         self._looked_for_hangs = 0.0
         self._standing: Any = None
         self._seen: Mapping[str, Mapping[str, Any]] = {}
+
+    def heed(self, asked: Asked) -> None:
+        """From then on trials that end because the sweep was asked to stop are no failures."""
+        self._asked = asked
 
     # --- what Tune tells ----------------------------------------------------------------------------------------------
 
@@ -91,11 +99,16 @@ class Watch(Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = self._book.number_of(trial.trial_id)
         reason = self._why_failed(number)
+        if self._asked and reason == STOPPED_BY_REQUEST:
+            self.end(number, TrialStatus.INTERRUPTED, reason)
+            return
         log.warning("a trial failed", trial=number, reason=reason)
         self.end(number, TrialStatus.FAILED, reason)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._settle(0.0)
+        if self._asked is not None and self._asked.is_late:
+            self._reasons.sweep = STOPPED_BY_REQUEST
         now = time.monotonic()
         if self._hang_secs is not None and now - self._looked_for_hangs >= _HANG_LOOK_SECONDS:
             self._looked_for_hangs = now
@@ -130,6 +143,9 @@ class Watch(Callback):
             log.warning("the trial's run could not be ended in order in time", trial=number)
             self._book.end(number, status, reason, None)
         self._ending.clear()
+        _, undone = ray.wait(self._told, num_returns=len(self._told), timeout=timeout) if self._told else ([], [])
+        if undone:
+            log.warning("not all of the sweep could be noted or tidied up in time", left=len(undone))
         if self._observer is not None:
             self._show()
 
@@ -153,13 +169,13 @@ class Watch(Callback):
         over = [trial for trial in self._book.trials if trial.status.is_over]
         value = self._book[number].value
         if value is not None:
-            self._hub.note.remote(len(over), {self._metric: value})
+            self._told.append(self._hub.note.remote(len(over), {self._metric: value}))
         if self._keep_best is not None:
             kept = {trial.number for trial in ranking(over, self._book.mode)[: self._keep_best]}
             for trial in over:
                 if trial.number not in kept | self._dropped:
                     self._dropped.add(trial.number)
-                    self._hub.drop_checkpoints.remote(self._book.run_id(trial.number))
+                    self._told.append(self._hub.drop_checkpoints.remote(self._book.run_id(trial.number)))
 
     def _why_failed(self, number: int) -> str:
         if number in self._causes:

@@ -6,12 +6,14 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from ray_tracking import Run
+from ray_tracking.examples import digits
 
 
 def valley(run: Run) -> None:
@@ -39,3 +41,20 @@ def valley(run: Run) -> None:
         if epoch == 1 and how == "hang":
             time.sleep(600)
         run.log_metrics({"val/loss": float("nan") if epoch == 1 and how == "nan" else value, "epoch": epoch + 1})
+
+
+def population(run: Run) -> None:
+    """The digits example. Each start leaves what it restored in params.started: `<run id>-<attempt>.pt`."""
+    plain = run.restore
+
+    def restore(**objects: Any) -> bool:
+        found = plain(**objects)
+        if run.rank == 0:
+            weights = {name.removeprefix("module."): value for name, value in objects["model"].state_dict().items()}
+            rates = [group["lr"] for group in objects["optimizer"].param_groups]
+            state = {"weights": weights, "rates": rates, "step": run.step, "lr": run.params["lr"]}
+            torch.save(state, Path(run.params["started"]) / f"{run.tracker.run_id}-{run.attempt}.pt")  # type: ignore[attr-defined]
+        return found
+
+    run.restore = restore  # type: ignore[method-assign]
+    digits.train(run)

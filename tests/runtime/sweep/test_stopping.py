@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from ray_tracking.config.sweep import SchedulerConfig, StopConfig
+from ray_tracking.config.sweep import SchedulerConfig, StopConfig, SweepConfig
 from ray_tracking.runs.sweep import TrialRecord, TrialStatus
+from ray_tracking.runtime.sweep.reporting import REPORTS
 from ray_tracking.runtime.sweep.result import time_left
 from ray_tracking.runtime.sweep.stopping import Reasons, StopRules, make_scheduler
-from ray_tracking.runtime.sweep.trial import REPORTS
 
 
 def rules(mode: str = "min", since_gain: int = 0, **keys: Any) -> tuple[StopRules, Reasons]:
@@ -65,7 +65,8 @@ class FakeTrial:
 def test_a_scheduler_ends_the_worst_and_notes_it(name, ended):
     """Trials come one after the other, each worse than the one before."""
     reasons = Reasons()
-    scheduler = make_scheduler(SchedulerConfig(name=name), "m", "min", reasons)
+    config = SweepConfig(space={"a": 1}, scheduler=SchedulerConfig(name=name))
+    scheduler = make_scheduler(config, "m", "min", reasons, seed=0, exploited=lambda exploit: {}, total=4, at_once=2)
     for number in range(1, 6):
         trial: Any = FakeTrial(f"t{number}")
         scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
