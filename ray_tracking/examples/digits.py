@@ -103,6 +103,9 @@ def train(run: Run) -> None:
             run.log_metrics({"train/loss": loss, "train/accuracy": (logits.argmax(1) == y).float().mean()})
         val_loss, val_accuracy, predicted = evaluate(model, test_set)
         run.log_metrics({"val/loss": val_loss, "val/accuracy": val_accuracy, "epoch": epoch + 1})
-        run.log_histogram("gradients/last_layer", next(reversed(list(model.parameters()))).grad)
+        gradient = next(reversed(list(model.parameters()))).grad
+        if gradient is not None:  # resumed at this epoch's end, it has no step to take
+            run.log_histogram("gradients/last_layer", gradient)
         run.log_image("val/mistakes", mistakes_grid(test_set, predicted))
+    _, _, predicted = evaluate(model, test_set)  # not from the loop: resumed at the end, there is no epoch left
     run.log_text("summary", f"{int((predicted != test_set.tensors[1]).sum())} of {len(test_set)} test images misread")
