@@ -102,7 +102,6 @@ class Delivery:
         if unsupported:
             log.info("backend shows only some kinds", backend=self._backend.name, not_shown=unsupported)
         self.cursor = replace(self.cursor, state=BackendState.STARTING, error=None, unsupported=unsupported)
-        self._save()
         self._thread.start()
 
     def finish(self, status: str, end: float) -> None:
@@ -156,6 +155,7 @@ class Delivery:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
+        self._save()  # by the thread: whoever starts a run need not wait for the storage once per backend
         while not self._is_over() and not self._has_given_up() and self._closings < _CLOSINGS:
             finishing = self._finishing.is_set()  # asked before the rows are: none may come in between unseen
             self._called = time.monotonic()
