@@ -257,13 +257,13 @@ def test_a_job_that_had_ended_is_not_taken_for_the_run(cli: Cli, cluster: Cluste
     assert "has not ended" in done.err
 
 
-def test_a_sweep_is_not_asked_to_stop(cli: Cli, store: RunStore) -> None:
+def test_a_sweep_is_asked_to_have_its_trials_end(cli: Cli, store: RunStore) -> None:
     RunBuilder(store, "many").log(scalars([1]))
     SweepStore(store, "many").create("loss", "min", {})
-    done = cli("stop", "many")
-    assert done.code == 2
-    assert "is a sweep" in done.err
-    assert stopping.requested(store.directory("many")) is None
+    done = cli("stop", "many", "--timeout", "0")
+    assert done.code == 1
+    assert "have its trials save a checkpoint" in done.err
+    assert stopping.requested(store.directory("many")) is not None
 
 
 def test_one_that_has_failed_is_kept_from_being_started_again(cli: Cli, store: RunStore) -> None:
