@@ -214,7 +214,9 @@ class Session:
 
 
 def _of_process(scaling: ScalingConfig) -> dict[str, float]:
-    """What Ray Tune reserves for the process of a trial: one that only leads a group of workers needs next to nothing,
-    Ray Train reserves what they need.
+    """What Ray Tune reserves for the process of a trial. One that only leads a group of workers takes nothing that
+    these could want, Ray Train reserves what they need; but Tune's reservation can't be empty.
     """
-    return (per_worker(scaling) if scaling.workers == 1 else {}) or {"CPU": 0.001}
+    if scaling.workers > 1:
+        return {"memory": 1}
+    return per_worker(scaling) or {"CPU": 0.001}

@@ -30,6 +30,8 @@ def search(storage: Path, workers: int, scheduler: str = "pbt", epochs: int = 5)
     started = storage / "started"
     started.mkdir()
     space = {"lr": {"loguniform": [1e-6, 1e-2]}}
+    if workers > 1:  # groups start one after the other, and each takeover starts one anew
+        epochs *= 5
     return config(
         storage,
         {
@@ -39,7 +41,12 @@ def search(storage: Path, workers: int, scheduler: str = "pbt", epochs: int = 5)
             "max_concurrent": 2,
             "metric": "val/accuracy",
             "mode": "max",
-            "scheduler": {"name": scheduler, "quantile_fraction": 0.5, "mutate": ["lr"]},
+            "scheduler": {
+                "name": scheduler,
+                "quantile_fraction": 0.5,
+                "mutate": ["lr"],
+                "interval_reports": 1 if workers == 1 else 8,
+            },
         },
         **{"scaling.workers": workers, "training.default.save_total_limit": 50, "training.default.save_steps": None},
         params={"epochs": epochs, "width": 8, "batch_size": 64, "started": str(started)},
