@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import socketserver
 import subprocess
@@ -70,6 +69,16 @@ class Ray(NamedTuple):
     environment: dict[str, str]
     address: str
     processes: list[subprocess.Popen[bytes]]
+    directory: Path
+
+    def assert_lives(self) -> None:
+        """Fails with what the cluster's own logs say where its head or its dashboard has gone."""
+        place = urlsplit(self.url)
+        with suppress(OSError), socket.create_connection((place.hostname, place.port), timeout=5):
+            return
+        logs = [self.directory / "start.log", *self.directory.glob("ray/session_latest/logs/dashboard*.*")]
+        told = "\n".join(f"{log}:\n{log.read_text()[-3000:]}" for log in logs if log.is_file())
+        pytest.fail(f"nothing listens at {self.url}, the head's exit status: {self.processes[0].poll()}\n{told}")
 
 
 def free_port() -> int:
@@ -99,7 +108,7 @@ def running(port: int, dashboard: int, token: Path | None = None) -> Iterator[Ra
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    made = Ray(f"http://127.0.0.1:{dashboard}", token, environment, f"127.0.0.1:{port}", [])
+    made = Ray(f"http://127.0.0.1:{dashboard}", token, environment, f"127.0.0.1:{port}", [], directory)
     log = directory / "start.log"
     start(
         made, log, "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true",
@@ -112,7 +121,7 @@ def running(port: int, dashboard: int, token: Path | None = None) -> Iterator[Ra
         yield made
     finally:
         for process in reversed(made.processes):
-            end(process)
+            kill(process)
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -124,16 +133,6 @@ def start(ray: Ray, log: Path, *arguments: str, before: tuple[str, ...] = ()) ->
             start_new_session=True,
         )  # fmt: skip
     ray.processes.append(made)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Ray's `--block` ends what it has started when it is ended."""
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -184,10 +183,12 @@ def folder(store: RunStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 @pytest.fixture
-def project(folder: Path, ray: Ray, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(folder: Path, ray: Ray, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(ray.token))
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", ray.url)
-    return folder
+    ray.assert_lives()
+    yield folder
+    ray.assert_lives()
 
 
 def options(run_id: str, epochs: int = 2, pause: float = 0.0, **further: object) -> list[str]:
@@ -353,7 +354,7 @@ def test_a_storage_that_one_host_does_not_share_is_refused_by_its_name(
     try:
         done, seconds = timed(cli, "submit", "train", "job.py:train", *options("apart"))
     finally:
-        end(ray.processes.pop())
+        kill(ray.processes.pop())
     assert (done.code, seconds < REFUSAL_SECONDS) == (2, True), (seconds, done)
     assert f"The host {host} does not share the storage {shared}" in done.err
     assert not store.exists("apart")

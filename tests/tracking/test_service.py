@@ -364,7 +364,7 @@ def test_a_backend_that_hangs_is_seen_from_outside(start: Any, tmp_path: Path, m
     service = start({"delivery": {"deadline_secs": 0.1, "final_secs": 1}})
     service.append(0, service.begin_attempt(1), events(range(1, 4)))
     cursor = tmp_path / "run-1" / "cursors" / "stuck.json"
-    wait_until(lambda: json.loads(cursor.read_bytes())["state"] == "hanging")
+    wait_until(lambda: cursor.exists() and json.loads(cursor.read_bytes())["state"] == "hanging")
     assert service.status()["backends"] == {"stuck": "hanging"}
     backend.gate.set()
     assert service.close("completed", "done")["backends"]["stuck"]["state"] == "complete"
