@@ -97,6 +97,20 @@ class CheckpointInfo:
         return self.attempt, self.sequence, self.step, self.folder
 
 
+_SAVE_ID = "attempt-"
+
+
+def save_id(attempt: int) -> str:
+    """Of the saves of a run's attempt."""
+    return f"{_SAVE_ID}{attempt}"
+
+
+def save_attempt(info: CheckpointInfo) -> int:
+    """The attempt that saved it. Its folder only tells the first one of the driver's."""
+    number = info.manifests[0].save_id.removeprefix(_SAVE_ID) if info.manifests else ""
+    return int(number) if number.isdecimal() else info.attempt
+
+
 def step_folder(step: int, trial: int = 1) -> str:
     """`step-000120`, or `step-000120-try2` where the plain name is taken."""
     return f"step-{step:06d}" if trial == 1 else f"step-{step:06d}-try{trial}"

@@ -42,6 +42,7 @@ SEARCHERS: Mapping[str, Searcher] = {
     "grid": Searcher(),
     "optuna": Searcher(normal="Optuna has no normal distribution; use uniform, or another searcher"),
     "hyperopt": Searcher(),
+    "bohb": Searcher(normal="BOHB has no normal distribution; use uniform, or another searcher"),
 }
 _OTHER = Searcher(conditional="not known to work with this searcher; use optuna, hyperopt or random")
 
@@ -85,7 +86,9 @@ class SearcherConfig(Section):
     """Who proposes the params of the next trial."""
 
     name: Text = "random"
-    """random, grid, optuna, hyperopt, or the dotted name of a `ray.tune.search` Searcher."""
+    """random, grid, optuna, hyperopt, bohb (with the scheduler hyperband), or the dotted name of a `ray.tune.search`
+    Searcher.
+    """
     options: dict[str, Any] = {}
     """Keyword arguments for it."""
 
@@ -189,6 +192,9 @@ class SweepConfig(Section):
             yield Problem(("searcher", "name"), name, f"{', '.join(SEARCHERS)}, or a dotted name{hint}")
         if name in ("random", "grid") and self.searcher.options:
             yield Problem(("searcher", "options"), self.searcher.options, f"no options with {name}")
+        if name == "bohb" and self.scheduler.name != "hyperband":
+            allowed = "{name: hyperband, max_reports: N} with bohb, which learns from what trials reach at its rungs"
+            yield Problem(("scheduler", "name"), self.scheduler.name, allowed)
 
     def _of_abilities(self, tree: Group) -> Iterator[Problem]:
         name = self.searcher.name

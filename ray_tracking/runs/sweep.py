@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray_tracking.errors import RayTrackingError, UsageError
 from ray_tracking.runs.store import RunStore, sweep_of, trial_run_id
@@ -37,6 +37,14 @@ class TrialStatus(StrEnum):
     def is_over(self) -> bool:
         """Whether a resumed sweep leaves it as it is."""
         return self in (TrialStatus.COMPLETED, TrialStatus.STOPPED, TrialStatus.FAILED)
+
+
+class Milestone(NamedTuple):
+    """A trial has come to one of HyperBand's. `event`: place among all that the searcher was asked and told."""
+
+    event: int
+    reports: int
+    value: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,8 @@ class TrialRecord:
     takeovers: tuple[Mapping[str, Any], ...] = ()
     """Of a population: each time that it took over another trial's state. {number, run_id, step, reports: whose, and
     how far that was; at_step, at_reports: how far this trial was; before: its params until then; time}."""
+    milestones: tuple[Milestone, ...] = ()
+    """Of HyperBand: what the searcher was told on the way."""
 
     @property
     def proposed(self) -> Mapping[str, Any]:
@@ -83,7 +93,9 @@ class TrialRecord:
             names = {each.name for each in fields(cls)}
             known: dict[str, Any] = {key: value for key, value in found.items() if key in names}
             takeovers = tuple(known.get("takeovers", ()))
-            return cls(**{**known, "status": TrialStatus(known["status"]), "takeovers": takeovers})
+            milestones = tuple(Milestone(*each) for each in known.get("milestones", ()))
+            status = TrialStatus(known["status"])
+            return cls(**{**known, "status": status, "takeovers": takeovers, "milestones": milestones})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RayTrackingError(
                 f"{source} is damaged: {type(error).__name__}: {error}",

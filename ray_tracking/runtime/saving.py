@@ -15,7 +15,7 @@ from typing import Any
 
 from ray_tracking.checkpoint import CheckpointStore, CheckpointStrategy
 from ray_tracking.checkpoint.inplace import prepare_load
-from ray_tracking.checkpoint.manifest import CheckpointInfo, Manifest, step_folder
+from ray_tracking.checkpoint.manifest import CheckpointInfo, Manifest, save_attempt, save_id, step_folder
 from ray_tracking.checkpoint.nearby import Nearby
 from ray_tracking.checkpoint.reader import OpenCheckpoint
 from ray_tracking.checkpoint.staging import Stager
@@ -38,15 +38,6 @@ _UNUSABLE = (RefusedError, StorageError, FileNotFoundError)
 """What a checkpoint that can't be read on this rank raises."""
 _READY, _NO_ROOM, _FAILED, _DIFFERENT = range(4)
 """What a rank says before a save; the greatest decides for all."""
-
-
-_SAVE_ID = "attempt-"
-
-
-def save_attempt(info: CheckpointInfo) -> int:
-    """The attempt that saved it. Its folder only tells the first one of the driver's."""
-    number = info.manifests[0].save_id.removeprefix(_SAVE_ID) if info.manifests else ""
-    return int(number) if number.isdecimal() else info.attempt
 
 
 class Saver:
@@ -299,7 +290,7 @@ class Saver:
             metrics=metrics,
             rank=self._rank,
             world_size=self._world_size,
-            save_id=f"{_SAVE_ID}{self._attempt}",
+            save_id=save_id(self._attempt),
             reason=reason,
             improved=self.strategy.improves(metrics.get(self.strategy.monitor), self._best),
         )

@@ -61,6 +61,8 @@ class WorkerTask:
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     reporter: Reporter | None = None
     """Of a sweep: looks through what rank 0 logs for the metric that is searched for."""
+    attempt: int | None = None
+    """Begun already; None: rank 0 begins it."""
 
 
 Register = Callable[[Mapping[str, Any], str, "Future[Manifest]"], None]
@@ -118,7 +120,7 @@ def work(loop_config: Mapping[str, Any]) -> str | None:
     transport = ActorTransport(task.actor)
     pulse = Pulse()
     watch = _hang_watch(task, place, transport, pulse)
-    attempt = broadcast(transport.call("begin_attempt", world_size) if rank == 0 else None)
+    attempt = task.attempt or broadcast(transport.call("begin_attempt", world_size) if rank == 0 else None)
     configure(
         task.config.logging.level,
         json=bool(task.config.logging["json"]),

@@ -36,6 +36,8 @@ _LEAST_RECORDS = 50
 """In one call, where more at once take a backend longer than its client waits."""
 _QUIET_SECONDS = 60.0
 """One that fails again and again is not warned of more often."""
+_TURN_SECONDS = 20.0
+_TURN_LOOK_SECONDS = 0.1
 _CLOSINGS = 3
 """Tries to close a backend."""
 _FOREIGN = BaseException
@@ -50,7 +52,8 @@ class Delivery:
     `ended`: the journal is whole, so what a later attempt supersedes need not be shown to one that can't forget it.
     With `tries` it gives up after so many failures in a row, whatever `finish` says. `idle`: once the backend is open,
     its thread runs when the processor has nothing better to do. `check` raises LeaseLostError once another process
-    writes the run (`Lease.check`): nothing more is shown or saved by this one then.
+    writes the run (`Lease.check`): nothing more is shown or saved by this one then. The backend is not opened before
+    `may_open()`, but for the run's end or after _TURN_SECONDS.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Delivery:
         tries: int | None = None,
         idle: bool = False,
         check: Callable[[], object] = lambda: None,
+        may_open: Callable[[], bool] = lambda: True,
     ) -> None:
         self.cursor = Cursor.load(directory, backend.name)
         self._backend = backend
@@ -78,6 +82,7 @@ class Delivery:
         self._ended = ended
         self._patience = Patience(tries)
         self._check = check
+        self._may_open = may_open
         self._idle = idle
         self._lost = False
         self._lineage: Lineage | None = None
@@ -156,6 +161,7 @@ class Delivery:
 
     def _work(self) -> None:
         self._save()  # by the thread: whoever starts a run need not wait for the storage once per backend
+        self._await_turn()
         while not self._is_over() and not self._has_given_up() and self._closings < _CLOSINGS:
             finishing = self._finishing.is_set()  # asked before the rows are: none may come in between unseen
             self._called = time.monotonic()
@@ -187,6 +193,11 @@ class Delivery:
             if not self._finishing.is_set():
                 self._tail.wait(self.cursor.offset, _SAVE_SECONDS)
         self._conclude()
+
+    def _await_turn(self) -> None:
+        end = time.monotonic() + _TURN_SECONDS
+        while time.monotonic() < end and not self._may_open() and not self._finishing.wait(_TURN_LOOK_SECONDS):
+            pass
 
     def _is_over(self) -> bool:
         return self._end is not None and time.monotonic() >= self._end

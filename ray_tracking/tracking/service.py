@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -51,14 +52,23 @@ class TrackerService:
     writes it, StorageError if the storage does not take it.
     """
 
-    def __init__(self, spec: TrackerSpec, *, alone: bool = True, idle: bool = False) -> None:
+    def __init__(
+        self,
+        spec: TrackerSpec,
+        *,
+        alone: bool = True,
+        idle: bool = False,
+        may_open: Callable[[], bool] = lambda: True,
+    ) -> None:
         """`alone`: in its process, so that all that is logged there is of this run.
 
         `idle`: the backends are filled when the processor has nothing better to do (`priority.wait_for_idle`).
+        `may_open`: see Delivery.
         """
         self.spec = spec
         self._alone = alone
         self._idle = idle
+        self._may_open = may_open
         if alone:
             bind(run=spec.run_id)
         root = Storage.open(spec.storage)
@@ -347,6 +357,7 @@ class TrackerService:
                     deadline=self._tracking.delivery.deadline_secs,
                     idle=self._idle,
                     check=self._hold.check,
+                    may_open=self._may_open,
                 )
                 delivery.start()
                 deliveries.append(delivery)

@@ -148,7 +148,7 @@ def test_ends_are_finite_numbers(value):
     [
         (
             {"searcher": "optun"},
-            'searcher.name: found "optun" (text), allowed: random, grid, optuna, hyperopt, or a dotted name; '
+            'searcher.name: found "optun" (text), allowed: random, grid, optuna, hyperopt, bohb, or a dotted name; '
             "did you mean optuna?.",
         ),
         (
@@ -165,6 +165,11 @@ def test_ends_are_finite_numbers(value):
             {"searcher": "optuna", "space": {"a": {"grid": [1, 2]}}},
             "space.a: found a mapping with the keys grid, allowed: a choice: optuna draws, only random and grid "
             "try each.",
+        ),
+        (
+            {"searcher": "bohb", "scheduler": "asha"},
+            'scheduler.name: found "asha" (text), allowed: {name: hyperband, max_reports: N} with bohb, which learns '
+            "from what trials reach at its rungs.",
         ),
         (
             {"searcher": "grid", "space": {"a": {"grid": [1, 2]}, "b": {"uniform": [0, 1]}}},

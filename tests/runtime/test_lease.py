@@ -16,7 +16,7 @@ import pytest
 
 from ray_tracking import TrainingManager, get_config
 from ray_tracking.checkpoint import CheckpointInfo, CheckpointStore
-from ray_tracking.checkpoint.manifest import Manifest
+from ray_tracking.checkpoint.manifest import Manifest, save_attempt
 from ray_tracking.errors import LeaseHeldError, LeaseLostError, UsageError
 from ray_tracking.journal.reader import JournalReader
 from ray_tracking.records import Kind
@@ -25,7 +25,6 @@ from ray_tracking.runs.lease_rules import Seat
 from ray_tracking.runs.record import RunRecord, Status
 from ray_tracking.runs.store import RunStore
 from ray_tracking.runtime.ownership import own
-from ray_tracking.runtime.saving import save_attempt
 from ray_tracking.storage import Storage
 from ray_tracking.testing.chaos.plan import Part
 from ray_tracking.testing.chaos.processes import descendants, snapshot

@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-from ray_tracking.runs.sweep import SweepStore, TrialRecord, TrialStatus, best_of
+from ray_tracking.runs.sweep import Milestone, SweepStore, TrialRecord, TrialStatus, best_of
 from ray_tracking.runtime.sweep.reporting import REPORTS, STATE_STEP
+
+Event = Literal["suggested", "arrived", "told"]
 
 
 class Exploit(NamedTuple):
@@ -40,7 +42,7 @@ class Book:
         self._trials = {trial.number: trial for trial in known}
         self._by_tune: dict[str, int] = {}
         self._unfinished = deque(trial.number for trial in known if not trial.status.is_over)
-        self._events = max((max(trial.suggested, trial.told or 0) for trial in known), default=0)
+        self._events = max((event for trial in known for event, _, _ in _events_of(trial)), default=0)
 
     @property
     def trials(self) -> list[TrialRecord]:
@@ -63,15 +65,11 @@ class Book:
     def number_of(self, tune_id: str) -> int:
         return self._by_tune[tune_id]
 
-    def history(self) -> Iterator[tuple[Literal["suggested", "told"], TrialRecord]]:
+    def history(self) -> Iterator[tuple[Event, TrialRecord, Milestone | None]]:
         """What the searcher was asked and told, in order."""
-        events: list[tuple[int, Literal["suggested", "told"], TrialRecord]] = []
-        for trial in self._trials.values():
-            events.append((trial.suggested, "suggested", trial))
-            if trial.told is not None:
-                events.append((trial.told, "told", trial))
-        for _, kind, trial in sorted(events, key=lambda event: event[0]):
-            yield kind, trial
+        found = [(*event, trial) for trial in self._trials.values() for event in _events_of(trial)]
+        for _, kind, milestone, trial in sorted(found, key=lambda event: event[0]):
+            yield kind, trial, milestone
 
     def propose(self, params: Mapping[str, Any], tune_id: str) -> TrialRecord:
         """The searcher has proposed a new trial."""
@@ -102,6 +100,12 @@ class Book:
         if math.isfinite(value) and (best is None or (value < best if self.mode == "min" else value > best)):
             best = value
         self._trials[trial.number] = replace(trial, value=best, reports=max(reports, trial.reports))
+
+    def arrive(self, tune_id: str, reports: int, value: float) -> None:
+        """The searcher is told what the trial has reached at a milestone."""
+        trial = self._trials[self.number_of(tune_id)]
+        self._events += 1
+        self._keep(replace(trial, milestones=(*trial.milestones, Milestone(self._events, reports, value))))
 
     def take_over(self, exploit: Exploit) -> TrialRecord:
         """The trial goes on from another one's state, with new params."""
@@ -140,3 +144,11 @@ class Book:
     def _keep(self, trial: TrialRecord) -> None:
         self._trials[trial.number] = trial
         self._store.save(trial)
+
+
+def _events_of(trial: TrialRecord) -> Iterator[tuple[int, Event, Milestone | None]]:
+    yield trial.suggested, "suggested", None
+    for milestone in trial.milestones:
+        yield milestone.event, "arrived", milestone
+    if trial.told is not None:
+        yield trial.told, "told", None

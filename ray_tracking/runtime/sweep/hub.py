@@ -23,8 +23,8 @@ from ray_tracking.log import bind, configure, get_logger
 from ray_tracking.records import Kind
 from ray_tracking.runs.store import RunStore
 from ray_tracking.runs.sweep import SweepStore
+from ray_tracking.runtime.sweep.holding import Takeover, hold
 from ray_tracking.runtime.sweep.mailbox import Answer, Mailbox, Number
-from ray_tracking.runtime.sweep.takeover import Takeover, hold
 from ray_tracking.storage import Storage
 from ray_tracking.tracking.cursor import BackendState
 from ray_tracking.tracking.priority import stand_back
@@ -34,7 +34,8 @@ from ray_tracking.tracking.transport import pack
 
 log = get_logger()
 
-_PARENT_SECONDS = 20.0
+_NAME_SECONDS = 10.0
+_NAME_LOOK_SECONDS = 0.05
 _TRIALS_PER_COLLECTION = 8
 
 
@@ -46,6 +47,8 @@ class Begun(NamedTuple):
     """The worker's task, pickled; run id, params and tracker are the trial's own to fill in."""
     since: float
     """Tells this start of the trial from others, for `rest`."""
+    attempt: int | None
+    """Begun for it already; None: that is left to its workers."""
     with_state: bool = False
     """Whether reports wait for the checkpoint that belongs to them."""
 
@@ -63,9 +66,19 @@ class SweepHub:
     """Methods run on several threads. `call` and `append` are what `ActorTransport` needs of a tracker actor."""
 
     def __init__(
-        self, sweep: str, trial: str, environment: Mapping[str, str], task: bytes, *, with_state: bool = False
+        self,
+        sweep: str,
+        trial: str,
+        environment: Mapping[str, str],
+        task: bytes,
+        *,
+        in_group: bool = False,
+        with_state: bool = False,
     ) -> None:
-        """`sweep`: TrackerSpec of the sweep's own run; `trial`: that of a trial, without run id and params."""
+        """`sweep`: TrackerSpec of the sweep's own run; `trial`: that of a trial, without run id and params.
+
+        `in_group`: trials are groups of workers.
+        """
         for name, value in environment.items():
             os.environ.setdefault(name, value)
         self._idle = stand_back()
@@ -74,6 +87,7 @@ class SweepHub:
         configure("warning" if self._sweep.log_level == "info" else self._sweep.log_level, json=self._sweep.log_json)
         bind(run=self._sweep.run_id)
         self._task = task
+        self._in_group = in_group
         self._with_state = with_state
         self._runs = RunStore(Storage.open(self._sweep.storage))
         self._opening = threading.Lock()
@@ -103,17 +117,17 @@ class SweepHub:
         """The driver has proposed a trial."""
         self._names[tune_id] = run_id
 
-    def begin(self, tune_id: str, params: Mapping[str, Any], actor: Any) -> Begun:
-        """A trial, or its next try, begins in the process of `actor`."""
-        run_id = self._names.get(tune_id) or self._recorded(tune_id)
+    def begin(self, tune_id: str, params: Mapping[str, Any], actor: Any, *, is_ready: bool) -> Begun:
+        """A trial, or its next try, begins in the process of `actor`. `is_ready`: nothing comes before its attempt."""
+        run_id = self._name(tune_id)
         if cause := self._causes.get(run_id):
             raise RefusedError(cause)
-        self._wait_for_sweep()
-        self._service(run_id, params)
+        service = self._service(run_id, params)
         self._mail[run_id] = Mailbox()
         now = time.monotonic()
         self._live[run_id] = _Live(actor, None, now, now)
-        return Begun(run_id, self._task, now, self._with_state)
+        attempt = service.begin_attempt(1) if is_ready and not self._in_group else None
+        return Begun(run_id, self._task, now, attempt, self._with_state)
 
     def rest(self, run_id: str, since: float) -> None:
         """Ray Tune has ended the trial's process, perhaps only until it goes on: it can't hang meanwhile."""
@@ -121,19 +135,23 @@ class SweepHub:
         if live is not None and live.since == since:
             self._live.pop(run_id, None)
 
-    def _wait_for_sweep(self) -> None:
-        """Backends that show trials below their sweep take them more readily when that is there."""
-        end = time.monotonic() + _PARENT_SECONDS
-        while time.monotonic() < end and BackendState.STARTING.value in self._parent().status()["backends"].values():
-            time.sleep(0.1)
+    def _name(self, tune_id: str) -> str:
+        """The trial's run id. What the driver expects may be on its way; what this actor knew before it died is in the
+        trials' records.
+        """
+        store, end = SweepStore(self._runs, self._sweep.run_id), time.monotonic() + _NAME_SECONDS
+        while (run_id := self._names.get(tune_id)) is None:
+            found = next((trial for trial in store.load() if trial.tune_id == tune_id), None)
+            if found is not None:
+                return store.run_id(found.number)
+            if time.monotonic() > end:
+                raise RefusedError(f"The sweep {self._sweep.run_id} knows no trial {tune_id}.")
+            time.sleep(_NAME_LOOK_SECONDS)
+        return run_id
 
-    def _recorded(self, tune_id: str) -> str:
-        """After this actor has died: the names are in the trials' records."""
-        store = SweepStore(self._runs, self._sweep.run_id)
-        found = next((trial for trial in store.load() if trial.tune_id == tune_id), None)
-        if found is None:
-            raise RefusedError(f"The sweep {self._sweep.run_id} knows no trial {tune_id}.")
-        return store.run_id(found.number)
+    def _is_sweep_open(self) -> bool:
+        """Backends that show trials below their sweep take them more readily when that is there."""
+        return BackendState.STARTING.value not in self._parent().status()["backends"].values()
 
     def hold(self, takeover: Mapping[str, Any], run_id: str) -> None:
         """The trial will take over another's state: that must not be deleted until then."""
@@ -258,7 +276,8 @@ class SweepHub:
             with making:
                 service, _ = self._known(run_id)
                 if service is None:
-                    service = TrackerService(self._spec(run_id, params), alone=False, idle=self._idle)
+                    spec = self._spec(run_id, params)
+                    service = TrackerService(spec, alone=False, idle=self._idle, may_open=self._is_sweep_open)
                     if self._is_stopping:
                         service.request_stop()
                     with self._opening:

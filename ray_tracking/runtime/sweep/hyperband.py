@@ -6,28 +6,43 @@ a time. Runs in the driver.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from ray_tracking.config.sweep import SchedulerConfig
+from ray_tracking.runtime.sweep.bohb import BUDGET
 from ray_tracking.runtime.sweep.brackets import Bracket, plan
 from ray_tracking.runtime.sweep.reporting import REPORTS
 
+Arrived = Callable[[str, int, float], None]
+"""Ray Tune's id, the milestone in reports, the value there."""
 _BUSY = (Trial.PENDING, Trial.RUNNING)
 
 
 class HyperBand(FIFOScheduler):
-    """`reasons`: by Ray Tune's id, why a trial was ended. `total`: trials of this session."""
+    """`reasons`: by Ray Tune's id, why a trial was ended. `total`: trials of this session. `arrived` hears of each
+    trial that has come to a milestone.
+    """
 
     def __init__(
-        self, config: SchedulerConfig, metric: str, mode: str, reasons: dict[str, str], *, total: int, at_once: int
+        self,
+        config: SchedulerConfig,
+        metric: str,
+        mode: str,
+        reasons: dict[str, str],
+        *,
+        total: int,
+        at_once: int,
+        arrived: Arrived,
     ) -> None:
         super().__init__()
         self._key = metric
         self._reasons = reasons
         self._at_once = at_once
+        self._arrived = arrived
         sign = 1.0 if mode == "min" else -1.0
         planned = plan(total, config.max_reports or 1, config.reduction_factor or 3)
         self._brackets = [Bracket[Any](size, rungs, sign) for size, rungs in planned]
@@ -54,10 +69,10 @@ class HyperBand(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         bracket = self._of[trial]
-        # What BOHB's model sorts results by.
-        result["hyperband_info"] = {"budget": bracket.milestone}
+        result[BUDGET] = {}
         if result.get("done") or result[REPORTS] < bracket.milestone:
             return str(TrialScheduler.CONTINUE)
+        self._arrived(trial.trial_id, bracket.milestone, result[self._key])
         bracket.arrive(trial, result[self._key])
         decided = bracket.compare()
         if decided is None:

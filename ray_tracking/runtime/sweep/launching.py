@@ -68,6 +68,7 @@ def start_hub(config: Config, spec: TrackerSpec, train: Callable[[Run], Any], at
             trial.to_json(),
             forwarded_environment(),
             cloudpickle.dumps(task),
+            in_group=config.scaling.workers > 1,
             with_state=with_state,
         )
     )

@@ -14,6 +14,7 @@ from ray.tune.search import Searcher
 
 from ray_tracking.log import get_logger
 from ray_tracking.runs.sweep import TrialRecord
+from ray_tracking.runtime.sweep.bohb import BUDGET
 from ray_tracking.runtime.sweep.book import Book
 
 log = get_logger()
@@ -43,10 +44,12 @@ class RecordedSearcher(Searcher):
 
     def _replay(self) -> None:
         differs = 0
-        for event, trial in self._book.history():
+        for event, trial, milestone in self._book.history():
             if event == "suggested":
                 found = self._inner.suggest(_name(trial))
                 differs += not _same(found, trial.proposed)
+            elif milestone is not None:
+                self._tell_arrival(_name(trial), milestone.reports, milestone.value)
             else:
                 result = None if trial.told_value is None else self._result(trial)
                 self._inner.on_trial_complete(_name(trial), result=result, error=trial.told_error)
@@ -82,6 +85,15 @@ class RecordedSearcher(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._inner.on_trial_result(self._name(trial_id), {**result, "trial_id": self._name(trial_id)})
+
+    def arrive(self, trial_id: str, reports: int, value: float) -> None:
+        """The trial has come to a milestone of HyperBand's."""
+        self._book.arrive(trial_id, reports, value)
+        self._tell_arrival(self._name(trial_id), reports, value)
+
+    def _tell_arrival(self, name: str, reports: int, value: float) -> None:
+        result = {self.metric: value, "training_iteration": reports, "trial_id": name, BUDGET: {"budget": reports}}
+        self._inner.on_trial_result(name, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         name = self._name(trial_id)

@@ -1,4 +1,4 @@
-"""Who proposes params: our own draws and grids, Optuna, and the searchers of Ray Tune.
+"""Who proposes params: our own draws and grids, Optuna, BOHB, and the searchers of Ray Tune.
 
 Each is a `ray.tune.search.Searcher` that gives params, nested as in the space, and is told of ends.
 """
@@ -42,6 +42,11 @@ def make_searcher(config: SweepConfig, metric: str, mode: str, seed: int) -> Sea
         require("sweep", "optuna")
         options = {"n_startup_trials": _drawn_blindly(config, 10), **config.searcher.options}
         return OptunaSearcher(tree, points, seed, metric, mode, options)
+    if name == "bohb":
+        require("sweep", "optuna")
+        from ray_tracking.runtime.sweep.bohb import BohbSearcher
+
+        return BohbSearcher(tree, points, seed, metric, mode, config.searcher.options)
     if name == "hyperopt":
         require("sweep", "hyperopt")
         from ray.tune.search.hyperopt import HyperOptSearch

@@ -133,6 +133,16 @@ class Session:
             exploited=self._exploit,
             total=left,
             at_once=self._at_once,
+            arrived=lambda *arrival: recorded.arrive(*arrival),  # made below: each wants the other
+        )
+        recorded = RecordedSearcher(
+            searcher,
+            self._book,
+            self._metric,
+            self._mode,
+            lambda *names: ray.get(self._hub.expect.remote(*names)),
+            scheduler.may_start if isinstance(scheduler, HyperBand) else lambda: True,
+            lambda: bool(self._asked),
         )
         # Ray Tune's own limit counts trials that wait for others, too.
         limits_itself = isinstance(scheduler, HyperBand)
@@ -143,15 +153,7 @@ class Session:
             storage_filesystem=directory.portable_filesystem(),
             num_samples=left,
             resources_per_trial=tune.PlacementGroupFactory([_of_process(self._config.scaling)]),
-            search_alg=RecordedSearcher(
-                searcher,
-                self._book,
-                self._metric,
-                self._mode,
-                lambda *names: ray.get(self._hub.expect.remote(*names)),
-                scheduler.may_start if isinstance(scheduler, HyperBand) else lambda: True,
-                lambda: bool(self._asked),
-            ),
+            search_alg=recorded,
             scheduler=scheduler,
             stop=StopRules(self._search.stop, self._metric, self._mode, self._reasons, lambda: self._book.since_gain),
             callbacks=[self._watch],

@@ -10,7 +10,7 @@ from ray.tune import Stopper
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from ray_tracking.config.sweep import POPULATIONS, StopConfig, SweepConfig
-from ray_tracking.runtime.sweep.hyperband import HyperBand
+from ray_tracking.runtime.sweep.hyperband import Arrived, HyperBand
 from ray_tracking.runtime.sweep.population import Exploited, ModelledPopulation, Population
 from ray_tracking.runtime.sweep.reporting import REPORTS
 
@@ -35,9 +35,10 @@ def make_scheduler(
     exploited: Exploited,
     total: int,
     at_once: int,
+    arrived: Arrived,
 ) -> TrialScheduler:
-    """The scheduler, which notes in `reasons` whom it ends. `exploited`: see `population`. `total`: trials of this
-    session.
+    """The scheduler, which notes in `reasons` whom it ends. `exploited`: see `population`; `arrived`: see `hyperband`.
+    `total`: trials of this session.
     """
     config = search.scheduler
     scheduler: TrialScheduler
@@ -45,7 +46,7 @@ def make_scheduler(
         kind = Population if config.name == "pbt" else ModelledPopulation
         return kind(config, search.tree(), metric, mode, seed, exploited)
     if config.name == "hyperband":
-        return HyperBand(config, metric, mode, reasons.trials, total=total, at_once=at_once)
+        return HyperBand(config, metric, mode, reasons.trials, total=total, at_once=at_once, arrived=arrived)
     if config.name == "asha":
         scheduler = AsyncHyperBandScheduler(
             time_attr=REPORTS,

@@ -21,23 +21,10 @@ from ray_tracking.checkpoint.sealing import Sealing
 from ray_tracking.checkpoint.verified import CheckpointFiles
 from ray_tracking.errors import CheckpointError, RefusedError, StorageError
 from ray_tracking.log import get_logger
-from ray_tracking.runs.resuming import is_superseded
 from ray_tracking.runs.store import RunStore
-from ray_tracking.runtime.saving import save_attempt
+from ray_tracking.runtime.sweep.holding import Takeover, candidates, release
 
 log = get_logger()
-
-_HELD = b"held for "
-
-
-@dataclass(frozen=True, slots=True)
-class Takeover:
-    """`number` counts a trial's takeovers from 1; `run_id`: whose state; `reports`: how many it had made by `step`."""
-
-    number: int
-    run_id: str
-    step: int
-    reports: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,36 +36,6 @@ class Taken:
     folder: str
     is_new: bool
     """Done just now, and not by an earlier start of the trial."""
-
-
-def candidates(runs: RunStore, run_id: str, step: int) -> list[CheckpointInfo]:
-    """Whole checkpoints of the history of a run that counts: that of `step`, those soon after it, those before it."""
-    attempts = runs.load(run_id).attempts
-    found = [
-        info
-        for info in CheckpointStore(runs.directory(run_id)).checkpoints()
-        if not is_superseded(save_attempt(info), info.step, attempts)
-    ]
-    return sorted(found, key=lambda info: (info.step < step, abs(info.step - step)))
-
-
-def hold(runs: RunStore, takeover: Takeover, by: str) -> None:
-    """Keep retention from the state that will be taken over. Does not raise: if it goes, the next one is taken."""
-    with suppress(StorageError, RefusedError):
-        for info in candidates(runs, takeover.run_id, takeover.step)[:1]:
-            if not info.pinned:
-                pin = names.join(info.folder, names.PIN_FILE)
-                runs.directory(takeover.run_id).write_bytes(pin, _HELD + by.encode() + b"\n")
-
-
-def release(runs: RunStore, takeover: Takeover, by: str) -> None:
-    """End a hold; pins of people stay. Does not raise."""
-    directory = runs.directory(takeover.run_id)
-    with suppress(StorageError, RefusedError, FileNotFoundError):
-        for info in CheckpointStore(directory).checkpoints():
-            pin = names.join(info.folder, names.PIN_FILE)
-            if info.pinned and directory.read_bytes(pin) == _HELD + by.encode() + b"\n":
-                directory.delete(pin)
 
 
 def take_over(runs: RunStore, run_id: str, takeover: Takeover, keyring: Keyring | None) -> Taken:
@@ -114,7 +71,7 @@ def _copy(runs: RunStore, donor: str, info: CheckpointInfo, run_id: str, attempt
     target = CheckpointStore(runs.directory(run_id), f"attempt-{attempt:03d}")
     folder = target.new_folder(info.step)
     changes: Mapping[str, Any] = {
-        "save_id": f"attempt-{attempt}",
+        "save_id": names.save_id(attempt),
         "reason": f"taken over from {donor}",
         "sequence": info.step,
     }

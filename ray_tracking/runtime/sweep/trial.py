@@ -28,9 +28,10 @@ from ray_tracking.runtime.failures import is_hopeless
 from ray_tracking.runtime.stopping import STOPPED
 from ray_tracking.runtime.sweep.group import ToHub, TrialGivenUpError, run_group
 from ray_tracking.runtime.sweep.handle import TrialHandle, reason_in_words
+from ray_tracking.runtime.sweep.holding import Takeover
 from ray_tracking.runtime.sweep.hub import Begun
 from ray_tracking.runtime.sweep.reporting import STATE_STEP, Result, Tell, TuneReporter
-from ray_tracking.runtime.sweep.takeover import Takeover, take_over
+from ray_tracking.runtime.sweep.takeover import take_over
 from ray_tracking.runtime.worker import WorkerTask, work
 from ray_tracking.storage import Storage
 
@@ -73,12 +74,14 @@ def trial_function(hub: Any) -> Callable[[dict[str, Any]], None]:
 
 
 def run_trial(hub: Any, params: Mapping[str, Any], takeover: Mapping[str, Any] | None) -> None:
-    actor = ray.get_runtime_context().current_actor
-    begun: Begun = ray.get(hub.begin.remote(tune.get_context().get_trial_id(), params, actor))
+    here = ray.get_runtime_context().current_actor
+    tune_id, is_ready = tune.get_context().get_trial_id(), takeover is None
+    begun: Begun = ray.get(hub.begin.remote(tune_id, params, here, is_ready=is_ready))
     task: WorkerTask = cloudpickle.loads(begun.task)
     config = task.config.model_copy(update={"params": merge(task.config.params, params)})
     try:
-        task = replace(task, run_id=begun.run_id, config=config, actor=TrialHandle(hub, begun.run_id))
+        actor = TrialHandle(hub, begun.run_id)
+        task = replace(task, run_id=begun.run_id, config=config, actor=actor, attempt=begun.attempt)
         _train(hub, task, begun, None if takeover is None else Takeover(**takeover))
     except SystemExit:
         ray.get(hub.rest.remote(begun.run_id, begun.since))

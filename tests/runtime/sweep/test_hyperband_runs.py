@@ -28,6 +28,7 @@ def test_the_best_go_on_from_where_they_waited(tmp_path, workers):
             "points": points,
             "num_samples": 5,
             "max_concurrent": 2,
+            "searcher": "bohb",  # proposes these points first
             "scheduler": {"name": "hyperband", "max_reports": 4, "reduction_factor": 2},
         },
         **{"scaling.workers": workers, "training.default.save_on_epoch_end": False},
@@ -37,8 +38,11 @@ def test_the_best_go_on_from_where_they_waited(tmp_path, workers):
     result = TrainingManager(made, run_id="h").sweep(functions.valley)
     wait_until_gone(before)
     # A bracket of four (compared after 1 and 2 reports), and the first of one of three (compared after 2).
-    reports = {trial.number: trial.reports for trial in SweepStore(RunStore(Storage.open(tmp_path)), "h").load()}
+    trials = SweepStore(RunStore(Storage.open(tmp_path)), "h").load()
+    reports = {trial.number: trial.reports for trial in trials}
     assert reports == {1: 1, 2: 4, 3: 1, 4: 2, 5: 4}
+    milestones = {trial.number: [each.reports for each in trial.milestones] for trial in trials}
+    assert milestones == {1: [1], 2: [1, 2, 4], 3: [1], 4: [1, 2], 5: [2, 4]}
     assert [trial.reason for trial in result.trials] == [
         f"stopped by hyperband after {reports[n]} report{'s' * (reports[n] > 1)}" for n in range(1, 6)
     ]

@@ -105,7 +105,7 @@ def exploits(config: SweepConfig, seed: int = 1, count: int = 4) -> list[Exploit
         return {"params": exploit.params, "takeover": {"number": len(done)}}
 
     scheduler: Any = make_scheduler(
-        config, "loss", "min", Reasons(), seed=seed, exploited=exploited, total=4, at_once=4
+        config, "loss", "min", Reasons(), seed=seed, exploited=exploited, total=4, at_once=4, arrived=print
     )
     tune = Tune()
     tune.trials = [Trial(n, {"lr": 0.1 + 0.2 * n, "fixed": 7}) for n in range(count)]
@@ -139,7 +139,7 @@ def test_a_population_of_each_kind_is_made():
     made = [
         make_scheduler(
             sweep(space=space, scheduler={"name": name, "mutate": ["lr"]}), "m", "min", Reasons(), seed=0,
-            exploited=lambda exploit: {}, total=4, at_once=4,
+            exploited=lambda exploit: {}, total=4, at_once=4, arrived=print,
         )
         for name in ("pbt", "pb2")
     ]  # fmt: skip

@@ -66,7 +66,9 @@ def test_a_scheduler_ends_the_worst_and_notes_it(name, ended):
     """Trials come one after the other, each worse than the one before."""
     reasons = Reasons()
     config = SweepConfig(space={"a": 1}, scheduler=SchedulerConfig(name=name))
-    scheduler = make_scheduler(config, "m", "min", reasons, seed=0, exploited=lambda exploit: {}, total=4, at_once=2)
+    scheduler = make_scheduler(
+        config, "m", "min", reasons, seed=0, exploited=lambda exploit: {}, total=4, at_once=2, arrived=print
+    )
     for number in range(1, 6):
         trial: Any = FakeTrial(f"t{number}")
         scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]

@@ -8,11 +8,12 @@ import torch
 
 from ray_tracking.checkpoint import CheckpointStore
 from ray_tracking.checkpoint.keys import Key, Keyring
+from ray_tracking.checkpoint.manifest import save_attempt
 from ray_tracking.checkpoint.sealing import Sealing
 from ray_tracking.errors import CheckpointError
 from ray_tracking.runs.store import RunStore
-from ray_tracking.runtime.saving import save_attempt
-from ray_tracking.runtime.sweep.takeover import Takeover, candidates, hold, release, take_over
+from ray_tracking.runtime.sweep.holding import Takeover, candidates, hold, release
+from ray_tracking.runtime.sweep.takeover import take_over
 from ray_tracking.storage import Storage
 from tests.checkpoint.conftest import snapshot
 from tests.monitoring.builder import RunBuilder
