@@ -22,7 +22,7 @@ from ray_tracking.tracking.collector import settle
 from ray_tracking.tracking.cursor import BackendState, Cursor
 from ray_tracking.tracking.patience import Patience
 from ray_tracking.tracking.plan import Lineage, Span, cut, split_at_attempts
-from ray_tracking.tracking.priority import wait_for_idle
+from ray_tracking.tracking.priority import wait_for_idle, wait_no_more
 from ray_tracking.tracking.tail import Tail
 
 log = get_logger()
@@ -114,6 +114,8 @@ class Delivery:
         self._status = status
         self._end = end
         self._finishing.set()
+        if self._idle and self._thread.is_alive() and self._thread.native_id is not None:
+            wait_no_more(self._thread.native_id)
         self.hurry()
         self._tail.wake()
 
@@ -249,6 +251,8 @@ class Delivery:
             settle()
             if self._idle:
                 wait_for_idle()
+                if self._finishing.is_set():
+                    wait_no_more(threading.get_native_id())
             self._settled = True
 
     def _deliver(self, rows: Sequence[Record], lineage: Lineage) -> None:

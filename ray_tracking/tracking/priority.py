@@ -28,6 +28,16 @@ def stand_back() -> bool:
     return before >= _WORKERS_NICENESS
 
 
+def wait_no_more(thread: int) -> None:
+    """Somebody waits now for a thread of this process, by its native id: it stands back no further than the others.
+
+    Where that takes a right that the user lacks (RLIMIT_NICE, CAP_SYS_NICE), it stays behind all that runs here.
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        with suppress(OSError):
+            os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+
+
 def wait_for_idle() -> None:
     """For the calling thread and all that it starts from now on: run when a worker waits for its peers.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -114,6 +115,28 @@ def test_one_that_failed_only_at_the_end_is_waited_for(journal: Journal) -> None
     cursor = delivery.join(10)
     assert cursor.state is BackendState.COMPLETE
     assert len(shown(backend)) == 20
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="scheduling policies are Linux's")
+def test_it_stands_back_until_the_end_is_waited_for(journal: Journal) -> None:
+    class Seen(FakeBackend):
+        policies: ClassVar[list[int]] = []
+
+        def write(self, records: Any) -> None:
+            self.policies.append(os.sched_getscheduler(0))
+            super().write(records)
+
+        def close(self, status: str) -> None:
+            self.policies.append(os.sched_getscheduler(0))
+            super().close(status)
+
+    backend = Seen()
+    delivery = deliver(journal, backend, idle=True)
+    journal.points(range(10))
+    wait_until(lambda: len(shown(backend)) == 20)
+    assert finish(delivery).state is BackendState.COMPLETE
+    assert set(backend.policies[:-1]) == {os.SCHED_IDLE}
+    assert backend.policies[-1] == os.SCHED_BATCH
 
 
 def test_refusing_disables_it_with_one_warning(journal: Journal, capsys: pytest.CaptureFixture[str]) -> None:

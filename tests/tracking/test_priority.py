@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ray_tracking.tracking.priority import stand_back, wait_for_idle
+from ray_tracking.tracking.priority import stand_back, wait_for_idle, wait_no_more
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="scheduling policies are Linux's")
 
@@ -45,6 +45,28 @@ def test_the_thread_and_those_it_starts_stand_back_and_no_other() -> None:
 def test_what_nobody_waits_for_runs_when_the_processor_is_idle() -> None:
     _, itself, below = elsewhere(wait_for_idle)
     assert itself[1] == below[1] == os.SCHED_IDLE
+    assert here()[1] == os.SCHED_OTHER
+
+
+def test_somebody_waits_for_it_after_all() -> None:
+    idle, waited = threading.Event(), threading.Event()
+    found: list[Standing] = []
+
+    def run() -> None:
+        wait_for_idle()
+        found.append(here())
+        idle.set()
+        waited.wait(30)
+        found.append(here())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert idle.wait(30)
+    assert thread.native_id is not None
+    wait_no_more(thread.native_id)
+    waited.set()
+    thread.join()
+    assert [policy for _, policy in found] == [os.SCHED_IDLE, os.SCHED_BATCH]
     assert here()[1] == os.SCHED_OTHER
 
 

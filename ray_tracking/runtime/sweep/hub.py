@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import cloudpickle
 import ray
 
 from ray_tracking.checkpoint import CheckpointStore
@@ -54,9 +55,9 @@ class Begun(NamedTuple):
 
 
 class _Live(NamedTuple):
-    """A trial under way. `actor` is Ray Tune's."""
+    """A trial under way. `actor`: Ray Tune's, pickled: to unpickle it imports torch and Ray Train."""
 
-    actor: Any
+    actor: bytes
     position: Any
     changed: float
     since: float
@@ -117,8 +118,8 @@ class SweepHub:
         """The driver has proposed a trial."""
         self._names[tune_id] = run_id
 
-    def begin(self, tune_id: str, params: Mapping[str, Any], actor: Any, *, is_ready: bool) -> Begun:
-        """A trial, or its next try, begins in the process of `actor`. `is_ready`: nothing comes before its attempt."""
+    def begin(self, tune_id: str, params: Mapping[str, Any], actor: bytes, *, is_ready: bool) -> Begun:
+        """A trial, or its next try, begins in the process of `actor` (see _Live). `is_ready`: its attempt may begin."""
         run_id = self._name(tune_id)
         if cause := self._causes.get(run_id):
             raise RefusedError(cause)
@@ -204,7 +205,7 @@ class SweepHub:
             if now - live.changed >= seconds:
                 killed[run_id] = f"hung: no step further for {seconds:g} s"
                 self._live.pop(run_id, None)
-                ray.kill(live.actor)
+                ray.kill(cloudpickle.loads(live.actor))
         return killed
 
     # --- between rank 0 of a group and the trial's own process ------------------------------------------------------

@@ -74,7 +74,7 @@ def trial_function(hub: Any) -> Callable[[dict[str, Any]], None]:
 
 
 def run_trial(hub: Any, params: Mapping[str, Any], takeover: Mapping[str, Any] | None) -> None:
-    here = ray.get_runtime_context().current_actor
+    here = cloudpickle.dumps(ray.get_runtime_context().current_actor)
     tune_id, is_ready = tune.get_context().get_trial_id(), takeover is None
     begun: Begun = ray.get(hub.begin.remote(tune_id, params, here, is_ready=is_ready))
     task: WorkerTask = cloudpickle.loads(begun.task)
