@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.train._internal.session import get_session
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
@@ -31,7 +31,7 @@ from ray_tracking.runtime.interrupts import InterruptibleTrainer
 from ray_tracking.runtime.launching import Outcome, train_on_ray
 from ray_tracking.runtime.nearby import forget_nearby
 from ray_tracking.runtime.stopping import STOPPED
-from ray_tracking.runtime.sweep.mailbox import FIRST, Answer
+from ray_tracking.runtime.sweep.mailbox import FIRST, Answer, Number
 from ray_tracking.runtime.sweep.reporting import Result
 from ray_tracking.runtime.worker import WorkerTask
 from ray_tracking.storage import Storage
@@ -133,7 +133,7 @@ def run_group(hub: Any, task: WorkerTask, directory: Storage, tell: Callable[[Re
     try:
         while True:
             over = not training.is_alive()  # before looking: then nothing comes after it
-            report = ray.get(hub.next_report.remote(task.run_id, seen, 0.0 if over else _LOOK_SECONDS))
+            report = _next(hub, task.run_id, seen, 0.0 if over else _LOOK_SECONDS)
             if report is not None:
                 seen = report[0]
                 tell(report[1])
@@ -147,6 +147,14 @@ def run_group(hub: Any, task: WorkerTask, directory: Storage, tell: Callable[[Re
     finally:
         forget_nearby(task.config.training.default.memory_copy, directory)
     return _judged(found)
+
+
+def _next(hub: Any, run_id: str, seen: Number, seconds: float) -> tuple[Number, Result] | None:
+    try:
+        report: tuple[Number, Result] | None = ray.get(hub.next_report.remote(run_id, seen, seconds))
+    except RayTaskError as error:
+        raise error.cause from None
+    return report
 
 
 def _judged(found: list[Outcome]) -> str | None:

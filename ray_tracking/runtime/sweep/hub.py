@@ -93,6 +93,7 @@ class SweepHub:
         self._runs = RunStore(Storage.open(self._sweep.storage))
         self._opening = threading.Lock()
         self._noting = threading.Lock()
+        self._resting = threading.Condition()
         self._making: dict[str, threading.Lock] = {}
         self._services: dict[str, TrackerService] = {}
         self._ended: dict[str, dict[str, Any]] = {}
@@ -131,10 +132,12 @@ class SweepHub:
         return Begun(run_id, self._task, now, attempt, self._with_state)
 
     def rest(self, run_id: str, since: float) -> None:
-        """Ray Tune has ended the trial's process, perhaps only until it goes on: it can't hang meanwhile."""
-        live = self._live.get(run_id)
-        if live is not None and live.since == since:
-            self._live.pop(run_id, None)
+        """The trial has nothing left to write: it is over, or Ray Tune has ended it, perhaps only until it goes on."""
+        with self._resting:
+            live = self._live.get(run_id)
+            if live is not None and live.since == since:
+                self._live.pop(run_id, None)
+            self._resting.notify_all()
 
     def _name(self, tune_id: str) -> str:
         """The trial's run id. What the driver expects may be on its way; what this actor knew before it died is in the
@@ -175,10 +178,15 @@ class SweepHub:
         """What the trial's function raised since this was last asked; None: its process died without a word."""
         return self._reasons.pop(run_id, None) or self._causes.get(run_id)
 
-    def end(self, run_id: str, status: str, reason: str) -> dict[str, Any]:
-        """The trial's run is over: deliver, close, let go. Again: the same answer."""
+    def end(self, run_id: str, status: str, reason: str, seconds: float = 0.0) -> dict[str, Any]:
+        """The trial's run is over: deliver, close, let go. Again: the same answer.
+
+        `seconds`: how long to wait for a trial that is still saving when Ray Tune ends it.
+        """
         if run_id in self._ended:
             return self._ended[run_id]
+        with self._resting:
+            self._resting.wait_for(lambda: run_id not in self._live, seconds)
         report = self._service(run_id).close(status, reason)
         with self._opening:
             self._services.pop(run_id, None)
@@ -199,14 +207,17 @@ class SweepHub:
         return len(doomed)
 
     def end_if_still(self, seconds: float) -> dict[str, str]:
-        """Kill trials that have got no step further for so long; returns why, by run id."""
-        now, killed = time.monotonic(), {}
+        """End trials that have got no step further for so long; returns why, by run id."""
+        now, ended = time.monotonic(), {}
         for run_id, live in list(self._live.items()):
             if now - live.changed >= seconds:
-                killed[run_id] = f"hung: no step further for {seconds:g} s"
+                ended[run_id] = f"hung: no step further for {seconds:g} s"
                 self._live.pop(run_id, None)
-                ray.kill(cloudpickle.loads(live.actor))
-        return killed
+                if self._in_group:  # killed, its process could not give back what its workers hold
+                    self._box(run_id).fail(ended[run_id])
+                else:
+                    ray.kill(cloudpickle.loads(live.actor))
+        return ended
 
     # --- between rank 0 of a group and the trial's own process ------------------------------------------------------
 

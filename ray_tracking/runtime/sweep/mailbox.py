@@ -10,6 +10,8 @@ import threading
 from enum import StrEnum
 from typing import Any
 
+from ray_tracking.errors import RunFailedError
+
 Number = tuple[int, int]
 """Attempt and count: grows over all reports of a run."""
 FIRST: Number = (0, 0)
@@ -31,6 +33,7 @@ class Mailbox:
         self._report: Any = None
         self._ending = False
         self._ended = False
+        self._failure: str | None = None
 
     def report(self, number: Number, report: Any, seconds: float) -> Answer | None:
         """Rank 0 has something to tell, or still has. The answer; None: not within `seconds`, ask again."""
@@ -44,12 +47,23 @@ class Mailbox:
             return Answer.GO_ON if self._taken >= number else None
 
     def next(self, after: Number, seconds: float) -> tuple[Number, Any] | None:
-        """The report after that one, which Ray Tune has taken: rank 0 may go on. None: not within `seconds`."""
+        """The report after that one, which Ray Tune has taken: rank 0 may go on. None: not within `seconds`.
+
+        Raises RunFailedError once the trial was made to fail.
+        """
         with self._changed:
             self._taken = max(self._taken, after)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._number > after, seconds)
+            self._changed.wait_for(lambda: self._number > after or self._failure is not None, seconds)
+            if self._failure is not None:
+                raise RunFailedError(self._failure)
             return (self._number, self._report) if self._number > after else None
+
+    def fail(self, reason: str) -> None:
+        """The trial's own process is to end the workers, and to fail."""
+        with self._changed:
+            self._failure = reason
+            self._changed.notify_all()
 
     def end(self, seconds: float) -> bool:
         """The trial ends. Waits until rank 0 says that all it was saving is written: whether it has."""

@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import cloudpickle
 import ray
 import torch
 from ray import tune
+from ray.exceptions import RayError
 from ray.train._internal.session import get_session
 
 from ray_tracking.checkpoint.keys import Keyring
@@ -83,13 +85,13 @@ def run_trial(hub: Any, params: Mapping[str, Any], takeover: Mapping[str, Any] |
         actor = TrialHandle(hub, begun.run_id)
         task = replace(task, run_id=begun.run_id, config=config, actor=actor, attempt=begun.attempt)
         _train(hub, task, begun, None if takeover is None else Takeover(**takeover))
-    except SystemExit:
-        ray.get(hub.rest.remote(begun.run_id, begun.since))
-        raise
     except Exception as error:
         reason = reason_in_words(error)
         ray.get(hub.failed.remote(begun.run_id, reason, is_hopeless(error) or isinstance(error, TrialGivenUpError)))
         raise TrialFailedError(reason) from error
+    finally:
+        with suppress(RayError):
+            ray.get(hub.rest.remote(begun.run_id, begun.since))
 
 
 def _train(hub: Any, task: WorkerTask, begun: Begun, takeover: Takeover | None) -> None:

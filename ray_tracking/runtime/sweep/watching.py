@@ -26,6 +26,8 @@ Observer = Callable[[SweepProgress], None]
 _LOOK_SECONDS = 0.5
 _HANG_LOOK_SECONDS = 1.0
 _ANSWER_SECONDS = 10.0
+_SAVING_SECONDS = 15.0
+"""How long the run of a trial that is stopped stays open for the checkpoint that is being written."""
 _DIED = "the worker process died: killed, out of memory, or crashed"
 
 
@@ -122,7 +124,9 @@ class Watch(Callback):
     def end(self, number: int, status: TrialStatus, reason: str) -> None:
         """Have the hub end the trial's run."""
         of_run = {TrialStatus.FAILED: Status.FAILED, TrialStatus.INTERRUPTED: Status.ABORTED}
-        answer = self._hub.end.remote(self._book.run_id(number), of_run.get(status, Status.COMPLETED).value, reason)
+        ended = of_run.get(status, Status.COMPLETED).value
+        saving = _SAVING_SECONDS if status is TrialStatus.STOPPED else 0.0
+        answer = self._hub.end.remote(self._book.run_id(number), ended, reason, saving)
         self._ending[answer] = number, status, reason
 
     def note_missed(self, trials: list[Any]) -> None:

@@ -17,9 +17,14 @@ from ray_tracking.examples import digits
 
 
 def valley(run: Run) -> None:
-    """val/loss is 1/(epoch + 1) above the distance of params.x from 0.3; params.how: ok, raise, kill, nan, hang."""
+    """val/loss is 1/(epoch + 1) above the distance of params.x from 0.3; params.how: ok, raise, kill, nan, hang.
+
+    params.bulk: bytes in each checkpoint, to make it slow to write.
+    """
     how, pause = run.params.get("how", "ok"), run.params.get("pause", 0.0)
-    model = run.prepare(nn.Linear(2, 1))
+    model = nn.Linear(2, 1)
+    model.register_buffer("bulk", torch.zeros(run.params.get("bulk", 0), dtype=torch.uint8))
+    model = run.prepare(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     loader = run.loader(TensorDataset(torch.ones(4, 2)), batch_size=2)
     run.restore(model=model, optimizer=optimizer, loader=loader)

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
+
+from ray_tracking.errors import RunFailedError
 from ray_tracking.runtime.sweep.mailbox import FIRST, Answer, Mailbox
 
 SOON = 5.0
@@ -60,3 +64,12 @@ def test_an_end_waits_for_what_rank_0_still_writes():
     assert answers == [Answer.END]
     box.ended()
     assert box.end(0.0)
+
+
+def test_the_trials_process_is_told_to_fail_at_once():
+    box = Mailbox()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(box.next, FIRST, 30)
+        box.fail("hung")
+        with pytest.raises(RunFailedError, match="hung"):
+            waiting.result(10)

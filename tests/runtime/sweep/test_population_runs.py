@@ -53,10 +53,13 @@ def search(storage: Path, workers: int, scheduler: str = "pbt", epochs: int = 5)
     )
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_bad_trial_takes_over_the_weights_of_a_good_one(tmp_path, workers):
+@pytest.mark.parametrize(
+    ("scheduler", "workers"),
+    [("pbt", 1), pytest.param("pbt", 2, marks=pytest.mark.slow), pytest.param("pb2", 1, marks=pytest.mark.slow)],
+)
+def test_a_bad_trial_takes_over_the_weights_of_a_good_one(tmp_path, scheduler, workers):
     before = alive()
-    result = TrainingManager(search(tmp_path, workers), run_id="p").sweep(functions.population)
+    result = TrainingManager(search(tmp_path, workers, scheduler), run_id="p").sweep(functions.population)
     wait_until_gone(before)
     assert [trial.status for trial in result.trials] == ["completed"] * 2
     runs = RunStore(Storage.open(tmp_path))

@@ -206,7 +206,7 @@ def test_asha_and_a_plateau_end_trials_early_and_say_so(tmp_path):
                 "scheduler": "asha",
                 "stop": {"plateau_reports": 2, "plateau_min_delta": 0.2},
             },
-            **{"params.epochs": 6},
+            params={"epochs": 6, "bulk": 100_000_000},
         ),
         run_id="early",
     ).sweep(functions.valley)
@@ -215,19 +215,26 @@ def test_asha_and_a_plateau_end_trials_early_and_say_so(tmp_path):
     assert [trial.reason for trial in result.trials[1:]] == ["stopped by asha after 1 report"] * 2
     assert result.best is not None
     assert result.best.trial == 1
+    checkpoints = CheckpointStore(RunStore(Storage.open(tmp_path)).directory(result.trials[0].run_id))
+    assert [found.reason for found in checkpoints.scan() if found.info is None] == []
+    assert checkpoints.checkpoints()[-1].step == 10  # being written when the sixth report ended the trial
 
 
-def test_a_hanging_trial_is_ended_and_a_sweep_without_a_value_fails(tmp_path):
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_hanging_trial_is_ended_and_a_sweep_without_a_value_fails(tmp_path, workers):
+    before = alive()
     manager = TrainingManager(
         config(
             tmp_path,
             {"space": {"x": {"choice": [0.5]}}, "num_samples": 1, "hang_secs": 20, "metric": "other"},
+            **{"scaling.workers": workers},
             params={"how": "hang", "epochs": 2},
         ),
         run_id="hanging",
     )
     with pytest.raises(RunFailedError, match="trial 1: hung: no step further for 20 s"):
         manager.sweep(functions.valley)
+    wait_until_gone(before)
 
 
 def test_what_can_not_be_is_refused_before_anything_starts(tmp_path):
