@@ -120,8 +120,11 @@ class WriterHandle:
 
     def _end(self, reason: str) -> None:
         self.has_ended = True
-        while self._answers:
-            _, answer = self._answers.popitem()
+        while True:
+            try:
+                _, answer = self._answers.popitem()
+            except KeyError:  # none is left; another thread may be at this, too
+                return
             status = self._process.poll()
             answer.set_exception(WriterEndedError(reason if status is None else f"exit status {status}"))
 

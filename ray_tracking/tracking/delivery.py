@@ -192,8 +192,7 @@ class Delivery:
                 break
             self._hurried.wait(_PAUSE_SECONDS)
             self._hurried.clear()
-            if not self._finishing.is_set():
-                self._tail.wait(self.cursor.offset, _SAVE_SECONDS)
+            self._tail.wait(self.cursor.offset, _SAVE_SECONDS, self._finishing.is_set)
         self._conclude()
 
     def _await_turn(self) -> None:

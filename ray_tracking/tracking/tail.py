@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from ray_tracking.records import Record
 
@@ -43,10 +44,13 @@ class Tail:
             count += 1
         del self._rows[:count]
 
-    def wait(self, offset: int, timeout: float) -> None:
-        """Wait until there is a row at `offset`, until woken, or until the time runs out."""
+    def wait(self, offset: int, timeout: float, over: Callable[[], bool] = lambda: False) -> None:
+        """Wait until there is a row at `offset`, until woken, or until the time runs out.
+
+        Not at all if it is `over`: whoever makes it so wakes the waiting after that.
+        """
         with self._changed:
-            if self._next <= offset:
+            if self._next <= offset and not over():
                 self._changed.wait(timeout)
 
     def wake(self) -> None:
