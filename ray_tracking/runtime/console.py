@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -15,6 +16,13 @@ log = get_logger()
 _HANDLER = "ray_print_logs"
 _OURS = "TrackerActor"
 _HOUSEKEEPING = frozenset({"PlacementGroupCleaner", "TrainController", "SynchronizationActor", "TrainStateActor"})
+_HOUSEKEEPING_LINE = re.compile(
+    # Of a sweep whose trials wait for each other: what Ray Tune keeps is a pointer to a checkpoint of ours.
+    r"Checkpoint successfully created at: Checkpoint\("
+    r"|Restored on \S+ from checkpoint: Checkpoint\("
+    # Of any job that has more workers than the node has cores.
+    r"|WARNING: \d+ PYTHON worker processes have been started on node:"
+)
 
 
 def quieten() -> None:
@@ -28,10 +36,14 @@ def quieten() -> None:
 
 def _show(data: dict[str, Any]) -> None:
     actor = data.get("actor_name")
-    if actor in _HOUSEKEEPING:
-        for line in data["lines"]:
-            log.debug("ray", actor=actor, line=line)
-    elif actor == _OURS:
+    housekeeping = [line for line in data["lines"] if actor in _HOUSEKEEPING or _HOUSEKEEPING_LINE.search(line)]
+    for line in housekeeping:
+        log.debug("ray", actor=actor, line=line)
+    if housekeeping:
+        data = {**data, "lines": [line for line in data["lines"] if line not in housekeeping]}
+    if not data["lines"]:
+        return
+    if actor == _OURS:
         # Already events with run and attempt in them; Ray's prefix would say less.
         for line in data["lines"]:
             print(line, file=sys.stderr, flush=True)  # noqa: T201

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -144,6 +145,7 @@ class Session:
             scheduler.may_start if isinstance(scheduler, HyperBand) else lambda: True,
             lambda: bool(self._asked),
         )
+        warnings.filterwarnings("ignore", message="Consider boosting PBT performance")  # not where trials are groups
         # Ray Tune's own limit counts trials that wait for others, too.
         limits_itself = isinstance(scheduler, HyperBand)
         analysis = tune.run(
