@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 EXECUTABLE = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-_SECONDS = 30.0
+_SECONDS = 120.0
 _LAUNCH = """
 import fcntl, os, sys
 pipes = [fcntl.fcntl(int(each), fcntl.F_DUPFD, 10) for each in sys.argv[1:3]]
@@ -39,6 +39,8 @@ class Page:
         self._buffer = b""
         self._number = 0
         self._session: str | None = None
+        self._url = ""
+        self._there = False
         self._loaded = False
 
     def open(self, path: Path) -> None:
@@ -96,8 +98,10 @@ class Page:
         return message
 
     def _note(self, event: str, found: dict[str, Any]) -> None:
-        if event == "Page.loadEventFired":
-            self._loaded = True
+        if event == "Page.frameNavigated":
+            self._there = self._there or found["frame"]["url"] == self._url
+        elif event == "Page.loadEventFired":
+            self._loaded = self._there  # of about:blank, which is there first, it may come late
         elif event == "Runtime.exceptionThrown":
             self.complaints.append(json.dumps(found["exceptionDetails"])[:500])
         elif event == "Runtime.consoleAPICalled" and found["type"] in ("error", "warning", "assert"):

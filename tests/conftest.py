@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before anything imports ray, wandb or mlflow, and inherited by every process the tests start.
 os.environ.update(
@@ -29,6 +30,11 @@ for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
 
 _LONG = ("runtime", "testing", "cli/test_submitted", "examples", "tracking/faults")
 """Files whose tests start clusters and servers: first, so that of two processes none is left with one at the end."""
+
+
+# On a busy machine a slow example says nothing; without a deadline the time to draw them may be long too.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import functools
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -121,7 +122,7 @@ def _say(text: str) -> str:
 def _start_moto() -> S3Server:
     port = _free_port()
     _spawn([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], Path(tempfile.gettempdir()))
-    _await_answer(port, 60)
+    _await_answer(port, 180)
     return S3Server("moto", f"127.0.0.1:{port}")
 
 
@@ -154,13 +155,13 @@ def _start_radosgw() -> S3Server:
     _spawn(["radosgw", "-c", str(config), "-n", "client.admin", "-f"], folder)
     keys = ("--access-key=testkey", "--secret=testsecret")
     run("radosgw-admin", "user", "create", "--uid=test", "--display-name=test", *keys)
-    _await_answer(port, 60)
+    _await_answer(port, 180)
     return S3Server("radosgw", f"127.0.0.1:{port}")
 
 
 def _run(command: Sequence[str], folder: Path) -> None:
     with open(folder / "log" / "start.log", "ab") as log:
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=60)
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=180)
 
 
 def _spawn(command: Sequence[str], folder: Path) -> None:
@@ -183,9 +184,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below those that Linux gives to connections: it takes seconds until the server listens on it. Above Ray's."""
+    dice = random.SystemRandom()
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", dice.randrange(20_000, 32_768)))
+            return int(probe.getsockname()[1])
 
 
 def _await_answer(port: int, seconds: float) -> None:

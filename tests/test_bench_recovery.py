@@ -6,6 +6,7 @@ import os
 import signal
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_each_kill_happens_once_and_is_noted_to_its_end(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(recovery_jobs.os, "kill", kill)
     clock = iter(range(10_000))
-    monkeypatch.setattr(recovery_jobs.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(recovery_jobs, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     job = plan(tmp_path, (10, 19))
     saved, groups = 0, []
     while True:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +45,15 @@ def save() -> Callable[..., str]:
         return folder
 
     return write
+
+
+def open_files(folder: Path) -> list[str]:
+    """Those below it that this process has open. Others come and go: threads of other tests have theirs."""
+    found = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one that listed them
+            found.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return [path for path in found if path.startswith(f"{folder}/")]
 
 
 def snapshot(step: int, **options: Any) -> Snapshot:

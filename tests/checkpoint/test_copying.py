@@ -41,12 +41,15 @@ def test_what_a_thread_raises_is_raised() -> None:
 def test_no_thread_copies_on_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """The caller may free the memory then."""
     copied = []
+    raised = threading.Event()
 
     class Slow:
         @staticmethod
         def memmove(*block: int) -> None:
             if threading.current_thread() is threading.main_thread():
+                raised.set()
                 raise KeyboardInterrupt
+            raised.wait(60)
             time.sleep(0.2)
             ctypes.memmove(*block)
             copied.append(block)

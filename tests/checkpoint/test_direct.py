@@ -25,6 +25,7 @@ from ray_tracking.errors import CheckpointCorruptError, StorageError
 from ray_tracking.storage import Storage
 
 from . import by_hand
+from .conftest import open_files
 
 Objects = dict[str, Any]
 
@@ -384,9 +385,9 @@ def test_an_interrupt_leaves_nothing_half_restored(tmp_path: Path, monkeypatch: 
 
 def test_files_are_closed_whether_they_are_read_or_not(tmp_path: Path) -> None:
     info = save(tmp_path, made(1))
-    before = len(os.listdir("/proc/self/fd"))
     target = made(2)
     load(tmp_path, info, target)
     with OpenCheckpoint(Storage.open(tmp_path), info) as opened:
         prepare_load(target, opened)
-    assert len(os.listdir("/proc/self/fd")) == before
+        assert open_files(tmp_path) != []
+    assert open_files(tmp_path) == []

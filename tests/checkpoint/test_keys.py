@@ -9,6 +9,7 @@ import pickle
 import secrets
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -258,15 +259,21 @@ class TestCommand:
         assert "planted-garbage\N{REPLACEMENT CHARACTER}" not in shown(caught.value)
 
     @pytest.mark.parametrize("then", ["sleep 60; true", "exec >&- 2>&-; sleep 60; true"])
-    def test_a_time_out_ends_it_and_what_it_started(
-        self, then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_time_out_ends_it_and_what_it_started(self, then: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        started: list[int] = []
+
+        class Noted(subprocess.Popen):
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                super().__init__(*arguments, **options)
+                started.append(self.pid)
+
         monkeypatch.setattr(key_sources, "COMMAND_SECONDS", 1)
-        command = shlex.join(["sh", "-c", f"echo $$ > {tmp_path}/pid; {then}"])
+        monkeypatch.setattr(subprocess, "Popen", Noted)
+        command = shlex.join(["sh", "-c", then])
         deadline = time.monotonic() + 30
         assert "key_command: sh did not end within 1 seconds." in refusal({"key_command": command})
         assert time.monotonic() < deadline, "it was left to end by itself"
-        group = int((tmp_path / "pid").read_text())
+        (group,) = started
         while any(_is_running_in_group(entry, group) for entry in os.listdir("/proc") if entry.isdigit()):
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -274,8 +281,8 @@ class TestCommand:
     def test_what_it_leaves_in_the_background_is_not_waited_for(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(key_sources, "COMMAND_SECONDS", 10)
-        command = shlex.join(["sh", "-c", f"sleep 30 & echo $! > {tmp_path}/pid; echo {generate_key()}"])
+        monkeypatch.setattr(key_sources, "COMMAND_SECONDS", 60)
+        command = shlex.join(["sh", "-c", f"sleep 300 & echo $! > {tmp_path}/pid; echo {generate_key()}"])
         try:
             assert keyring({"key_command": command}).can_seal
         finally:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -267,23 +268,30 @@ def test_by_the_writer_process(tmp_path: Path) -> None:
     assert leftovers(shared) == []
 
 
+def half_copied(root: Path) -> Sequence[str]:
+    return [file for _, _, files in os.walk(root) for file in files if file.startswith(".tmp-")]
+
+
 def test_a_writer_that_is_killed_while_it_copies(tmp_path: Path, nearby: Nearby) -> None:
     """It is started again, writes the part once more, and leaves nothing half-copied."""
     root = Path(nearby.storage.root)
     with managed(tmp_path, nearby) as kept:
         kept.save_checkpoint(model={"w": torch.zeros(10)}, step=1, blocking=True)
-        kept.save_checkpoint(model={"w": torch.ones(32 << 20)}, step=2)
-        end = time.monotonic() + 60
-        while not list(root.rglob(".tmp-*")) and time.monotonic() < end:
-            time.sleep(0.001)
-        process = kept._writer._process
-        assert process is not None
-        os.kill(process.pid, signal.SIGKILL)
-        kept.wait()
+        for step in range(2, 12):  # where we are too slow, it has copied all of it
+            kept.save_checkpoint(model={"w": torch.ones(32 << 20)}, step=step)
+            _, saved = kept._written[-1]
+            while not half_copied(root) and not saved.done():
+                time.sleep(0.001)
+            process = kept._writer._process
+            assert process is not None
+            os.kill(process.pid, signal.SIGKILL)
+            kept.wait()
+            if kept._writer._process is not process:
+                break
         assert kept._writer._process is not process
-        assert copied(nearby) == ["step-000001", "step-000002"]
+        assert copied(nearby) == [f"step-{step - 1:06d}", f"step-{step:06d}"]
         assert not list(root.rglob(".tmp-*"))
-        (info,) = [info for info in kept.list_checkpoints() if info.step == 2]
+        (info,) = [info for info in kept.list_checkpoints() if info.step == step]
         with OpenCheckpoint(kept.store.storage, info, None, nearby.storage) as opened:
             assert torch.equal(opened.states()["model"]["w"], torch.ones(32 << 20))
             assert opened.from_nearby == info.size

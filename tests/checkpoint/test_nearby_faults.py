@@ -18,6 +18,7 @@ from ray_tracking.errors import StorageError
 from ray_tracking.storage import Storage
 from ray_tracking.writing import Writing
 
+from .conftest import open_files
 from .copies import copied, restored, save, write_part
 from .faults import Killed, KillingStorage, kill_points, limited_disk
 
@@ -111,6 +112,7 @@ def test_killed_at_any_operation_of_a_copy(tmp_path: Path, root: Path, monkeypat
 
 def test_a_commit_that_fails_leaves_nothing_in_memory(tmp_path: Path) -> None:
     """A file without a name keeps its memory for as long as it is open."""
+    open_before: list[str] = []
 
     class Failing(Writing):
         def __init__(self) -> None: ...
@@ -118,16 +120,17 @@ def test_a_commit_that_fails_leaves_nothing_in_memory(tmp_path: Path) -> None:
         def write(self, block: bytes | memoryview) -> None: ...
 
         def commit(self) -> None:
+            open_before.extend(open_files(tmp_path))
             raise StorageError("the last part was refused")
 
         def abandon(self) -> None: ...
 
-    before = os.listdir("/proc/self/fd")
     copy = module._FileCopy(str(tmp_path / "part"), 0, lambda size: True)
     with pytest.raises(StorageError), module._CopiedWriting(Failing(), copy) as writing:
         writing.write(b"x" * 1000)
+    assert len(open_before) == 1
     assert os.listdir(tmp_path) == []
-    assert os.listdir("/proc/self/fd") == before
+    assert open_files(tmp_path) == []
 
 
 @pytest.mark.parametrize("when", ["before", "during", "after"])

@@ -136,6 +136,7 @@ def test_forgotten_at_the_end_of_a_run(shared: Path, monkeypatch: pytest.MonkeyP
     copy = put(held)
     forget(run("a"), shared)
     assert copy.exists(), "a process of it lives"
+    monkeypatch.setattr(nearby_folders, "_TRIES", 6000)
     with ThreadPoolExecutor(1) as pool:
         ending = pool.submit(forget, run("a"), shared)
         os.close(held._file)

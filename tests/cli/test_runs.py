@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import pytest
@@ -145,7 +146,7 @@ def test_status_of_the_newest_run(cli: Cli, store: RunStore) -> None:
 
     text = " ".join(cli("status").out.split())
     assert "run new status running step 2" in text
-    assert "last sign of life 0s ago" in text
+    assert re.search(r"last sign of life \d\d?s ago", text)
     assert "wandb ok" in text
     document = json.loads(cli("status", "old", "--json").out)
     assert document["status"] == "interrupted"

@@ -42,10 +42,12 @@ def http(status: int = 200, token: str | None = None) -> Iterator[str]:
         server.server_close()
 
 
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """Nobody else can listen on it meanwhile."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 def levels(findings: list[Finding]) -> dict[str, str]:
@@ -60,6 +62,12 @@ def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("RAY_A", "WANDB_", "MLFLOW_", "NETRC")):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is, the servers here answer."""
+    monkeypatch.setattr(ask, "__defaults__", (None, 60.0))
 
 
 def test_every_finding_that_is_not_ok_has_a_fix(tmp_path: Path) -> None:
@@ -140,7 +148,7 @@ def test_a_config_file_with_a_secret(tmp_path: Path, text: str, level: str | Non
     assert "hunter22x" not in str(findings)
 
 
-def test_mlflow_server() -> None:
+def test_mlflow_server(closed_port: int) -> None:
     with http() as url:
         assert levels(doctor_backends.mlflow_server(url, {})) == {"mlflow server": "ok"}
     with http(token="t") as url:
@@ -148,7 +156,7 @@ def test_mlflow_server() -> None:
         assert levels(doctor_backends.mlflow_server(url, {"MLFLOW_TRACKING_TOKEN": "t"})) == {"mlflow server": "ok"}
     with http(404) as url:
         assert levels(doctor_backends.mlflow_server(url, {})) == {"mlflow server": "warning"}
-    (finding,) = doctor_backends.mlflow_server(f"http://user:pa55word@127.0.0.1:{closed_port()}", {})
+    (finding,) = doctor_backends.mlflow_server(f"http://user:pa55word@127.0.0.1:{closed_port}", {})
     assert finding.level is Level.PROBLEM
     assert "does not answer" in finding.found
     assert "pa55word" not in str(finding)
@@ -191,7 +199,7 @@ def test_relative_sqlite_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "m.db is writable" in doctor_backends.mlflow_server("sqlite:///m.db", {})[0].found
 
 
-def test_wandb_login(tmp_path: Path) -> None:
+def test_wandb_login(tmp_path: Path, closed_port: int) -> None:
     login = doctor_backends.wandb_login
     assert levels(login("offline", {}, tmp_path)) == {"wandb login": "ok"}
     with http() as url:
@@ -202,7 +210,7 @@ def test_wandb_login(tmp_path: Path) -> None:
         assert "k3y" not in str(with_key)
         (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password k3y\n")
         assert levels(login("online", environment, tmp_path))["wandb login"] == "ok"
-    gone = login("online", {"WANDB_BASE_URL": f"http://127.0.0.1:{closed_port()}"}, tmp_path)
+    gone = login("online", {"WANDB_BASE_URL": f"http://127.0.0.1:{closed_port}"}, tmp_path)
     assert levels(gone)["wandb server"] == "problem"
 
 
@@ -270,8 +278,8 @@ def test_what_the_cluster_says(
     assert view.nodes == nodes
 
 
-def test_where_nothing_listens() -> None:
-    findings, _ = doctor_ray.ray_findings(f"127.0.0.1:{closed_port()}")
+def test_where_nothing_listens(closed_port: int) -> None:
+    findings, _ = doctor_ray.ray_findings(f"127.0.0.1:{closed_port}")
     assert levels(findings) == {"ray cluster": "problem"}
     assert "nothing answers" in findings[0].found
 

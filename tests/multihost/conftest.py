@@ -72,8 +72,11 @@ class Cluster:
         request.add_header("Authorization", f"Bearer {self.network.token.read_text()}")
         end = time.monotonic() + _NOTICED_SECONDS
         while True:
-            with urllib.request.urlopen(request, timeout=10) as answer:
-                rows = json.load(answer)["data"]["result"]["result"]
+            try:
+                with urllib.request.urlopen(request, timeout=10) as answer:
+                    rows = json.load(answer)["data"]["result"]["result"]
+            except (OSError, KeyError, TypeError):  # the dashboard is not so far, or had no answer itself
+                rows = []
             alive = [row["node_ip"] for row in rows if row["state"] == "ALIVE"]
             if sorted(alive) == sorted(host.address for host in self.network.hosts):
                 return

@@ -46,7 +46,7 @@ def test_a_host_that_is_cut_off_is_reached_again_when_it_is_healed(network: Netw
     second.heal()
     wait_until(lambda: reaches(first, second), 30)
     second.kill()
-    assert serving.wait(10).status != 0
+    assert serving.wait(60).status != 0
 
 
 def test_all_that_runs_on_a_killed_host_ends_and_its_memory_is_empty_when_it_is_back(network: Network) -> None:
@@ -55,8 +55,8 @@ def test_all_that_runs_on_a_killed_host_ends_and_its_memory_is_empty_when_it_is_
     sleeping = host.start("sh", "-c", "sleep 1000 & sleep 1000")
     wait_until(lambda: len(host.processes()) >= 3, 30)
     host.kill()
+    assert sleeping.wait(60).status != 0  # its `nsenter` is none of the host's own, and ends after it
     assert host.processes() == []
-    assert sleeping.wait(10).status != 0
     host.boot()
     assert host.run("ls", "/dev/shm").printed == ""
 

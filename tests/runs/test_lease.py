@@ -90,10 +90,11 @@ def test_a_second_one_is_told_who_holds_it_and_gets_in_when_it_is_given_back(run
     with pytest.raises(LeaseHeldError) as caught:
         acquire(run, clock=clock)
     message = str(caught.value)
+    since = time.strftime("since %Y-%m-%d", time.gmtime(record_of(run, first.seat).acquired))
     assert caught.value.exit_code == 3
     assert (caught.value.process, caught.value.epoch) == (FAR, 1)
     assert 20 < caught.value.expires_in <= 30
-    for part in ("'run-1'", "pid 4321 on node-9", time.strftime("since %Y-%m-%d"), "UTC", "runs out in", "--run-id"):
+    for part in ("'run-1'", "pid 4321 on node-9", since, "UTC", "runs out in", "--run-id"):
         assert part in message
     first.check()
     first.release()
@@ -185,10 +186,16 @@ def test_the_wall_clock_of_a_host_means_nothing(local, monkeypatch, off):
     assert acquire(local, clock=FakeClock()).epoch == owner.epoch + 1
 
 
-def test_renewals_keep_it_and_are_seen_by_others(local):
-    lease = acquire(local, duration=0.6, process=FAR)
+@pytest.fixture
+def often(monkeypatch) -> None:
+    """Renewals several times a second of leases that last: the end of one waits so long for its keeper."""
+    monkeypatch.setattr("ray_tracking.runs.lease.RENEWAL", 0.005)
+
+
+def test_renewals_keep_it_and_are_seen_by_others(local, often):
+    lease = acquire(local, process=FAR)
     with LeaseKeeper(lease):
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while record_of(local, lease.seat).renewals < 4 and time.monotonic() < end:
             time.sleep(0.05)
         assert record_of(local, lease.seat).renewals >= 4
@@ -203,13 +210,13 @@ def test_the_keeper_tells_once_that_it_was_lost_and_gives_nothing_back(local):
     lease = acquire(local, duration=0.3, process=FAR)
     local.create_new(Seat(2).name, replace(record_of(local, lease.seat), process=HERE, token="x").to_json())
     with LeaseKeeper(lease, lambda error: (told.append(error), heard.set())):
-        assert heard.wait(20)
+        assert heard.wait(60)
     assert [(error.epoch, error.process) for error in told] == [(2, HERE)]
     assert files(local) == ["000002-0000"]
 
 
-def test_the_keeper_goes_on_when_the_storage_comes_back(local, monkeypatch):
-    lease = acquire(local, duration=0.3, process=FAR)
+def test_the_keeper_goes_on_when_the_storage_comes_back(local, monkeypatch, often):
+    lease = acquire(local, process=FAR)
     real, failures = Storage.write_bytes, []
 
     def write(self, name, data):
@@ -220,7 +227,7 @@ def test_the_keeper_goes_on_when_the_storage_comes_back(local, monkeypatch):
 
     monkeypatch.setattr(Storage, "write_bytes", write)
     with LeaseKeeper(lease):
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while record_of(local, lease.seat).renewals < 5 and time.monotonic() < end:
             time.sleep(0.05)
     assert failures == [lease.seat.name] * 3
@@ -447,7 +454,7 @@ def test_of_two_that_race_one_wins_each_time(run, children):
 
 def test_one_that_was_stopped_for_longer_than_its_lease_is_refused_when_it_goes_on(run, children):
     owner, other = children
-    assert owner.ask("keep 1.5") == "won 1"
+    assert owner.ask("keep 4") == "won 1"
     assert other.ask("acquire").startswith(f"LeaseHeldError 1 {owner.pid}")
     os.kill(owner.pid, signal.SIGSTOP)
     lease = acquire(run, patience=60)  # stopped is not dead: it is waited for
@@ -559,7 +566,7 @@ def test_one_that_is_killed_while_it_holds_joins_renews_or_releases(tmp_path):
 def test_a_lease_that_can_not_be_read_is_held_until_it_has_run_out(local, content):
     local.write_bytes(Seat(7).name, content)
     local.write_bytes(f"{FOLDER}/notes.txt", b"not ours")
-    with pytest.raises(LeaseHeldError, match=r"can't be read.*runs out in (30|29) s") as caught:
+    with pytest.raises(LeaseHeldError, match=r"can't be read.*runs out in (30|2\d) s") as caught:
         acquire(local, clock=FakeClock())
     assert (caught.value.process, caught.value.epoch) == (None, 7)
     age(local, 31)

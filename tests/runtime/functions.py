@@ -60,7 +60,6 @@ def _die_once(run: Run) -> None:
     marker = Path(run.params["marker"])
     if marker.exists():
         return
-    time.sleep(1.0)  # until the checkpoint before is written: what is tested is the resume, not the race
     _await_checkpoint(run)
     marker.touch()
     if run.params["how"] == "kill":
@@ -69,10 +68,13 @@ def _die_once(run: Run) -> None:
 
 
 def _await_checkpoint(run: Run) -> None:
-    """A slow storage on a busy machine may have none yet."""
-    runs, end = RunStore(Storage.open(run.config.storage)), time.monotonic() + 60
-    while run.params.get("await_checkpoint") and time.monotonic() < end:
-        if any(CheckpointStore(runs.directory(name)).checkpoints() for name in runs.ids()):
+    """Until the one before is written, of the only run there: what is tested is the resume, not the race."""
+    runs, end = RunStore(Storage.open(run.config.storage)), time.monotonic() + 120
+    every = run.config.training.default.save_steps
+    due = (run.step - 1) // every * every if every else 0
+    while due and time.monotonic() < end:
+        infos = [info for name in runs.ids() for info in CheckpointStore(runs.directory(name)).checkpoints()]
+        if any(info.step >= due for info in infos):
             return
         time.sleep(0.2)
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,15 +19,43 @@ from ray_tracking.runtime import hangs
 from ray_tracking.runtime.hangs import HangWatch, Pulse, RankHungError, all_stacks
 from ray_tracking.tracking.hangs import Report, Roll
 from ray_tracking.tracking.transport import TransportError
+from tests.tracking.fakes import wait_until
 
 LIMIT = 1.2
+PATIENCE = 60.0
+"""Reached only where something fails."""
+
+
+class Awake:
+    """A clock of the seconds in which this process ran: where the machine stands still, no rank has been silent."""
+
+    def __init__(self) -> None:
+        self._now = 1000.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._tick, daemon=True)
+        self._thread.start()
+
+    def _tick(self) -> None:
+        last = time.monotonic()
+        while not self._over.wait(0.02):
+            now = time.monotonic()
+            self._now += min(now - last, 0.1)
+            last = now
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join(PATIENCE)
 
 
 class RollTransport:
     """The tracker's part, in this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Awake) -> None:
         self.roll = Roll()
+        self.clock = clock
         self.heard: list[tuple[int, Report]] = []
         self.away = False
 
@@ -36,14 +65,14 @@ class RollTransport:
             raise TransportError("restarting")
         group, rank, world_size, report, limit = arguments
         self.heard.append((rank, report))
-        return self.roll.hear(group, rank, world_size, report, limit, time.monotonic())
+        return self.roll.hear(group, rank, world_size, report, limit, self.clock.monotonic())
 
 
 class Ranks:
     """Threads that each run a body under a watch; `failures` by rank."""
 
-    def __init__(self) -> None:
-        self.transport = RollTransport()
+    def __init__(self, clock: Awake) -> None:
+        self.transport = RollTransport(clock)
         self.failures: dict[int, tuple[Exception, str]] = {}
         self.released = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -85,10 +114,19 @@ class Ranks:
 
 
 @pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    made = Ranks()
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    clock = Awake()
+    ours = SimpleNamespace(
+        monotonic=clock.monotonic,
+        clock_gettime=time.clock_gettime,
+        pthread_getcpuclockid=time.pthread_getcpuclockid,
+    )
+    monkeypatch.setattr(hangs, "time", ours)
+    monkeypatch.setattr(hangs, "end", lambda process: None)  # it is this one
+    made = Ranks(clock)
     yield made
     made.end()
+    clock.stop()
 
 
 def steps_a_while(pulse: Pulse, released: threading.Event) -> None:
@@ -123,7 +161,7 @@ class _Slow:
 
 def test_the_rank_that_sleeps_is_ended_with_its_stack(ranks: Ranks) -> None:
     ranks.start(waits_for_others, sleeps_in_step_1)
-    ranks.wait(10 * LIMIT)
+    ranks.wait(PATIENCE)
     assert set(ranks.failures) == {1}
     error, stack = ranks.failures[1]
     assert isinstance(error, RankHungError)
@@ -146,7 +184,7 @@ def test_without_a_limit_nothing_is_watched(ranks: Ranks) -> None:
 
 def test_one_that_never_comes_is_named_by_another(ranks: Ranks) -> None:
     ranks.start(waits_for_others, world_size=2)
-    ranks.wait(10 * LIMIT)
+    ranks.wait(PATIENCE)
     assert "rank 1 hung: it never came" in str(ranks.failures[0][0])
 
 
@@ -156,7 +194,7 @@ def test_a_tracker_that_is_away_judges_nobody(ranks: Ranks) -> None:
     ranks.wait(2 * LIMIT)
     assert not ranks.failures
     ranks.transport.away = False
-    ranks.wait(10 * LIMIT)
+    ranks.wait(PATIENCE)
     assert set(ranks.failures) == {1}
 
 
@@ -166,17 +204,22 @@ def test_a_thread_that_computes_is_told_from_one_that_sleeps(ranks: Ranks) -> No
         while not released.is_set():
             sum(range(10_000))
 
+    def last() -> dict[int, Report]:
+        """Of each rank, once it has stood still for long enough to tell."""
+        return {rank: report for rank, report in ranks.transport.heard if report.idle > LIMIT / 2}
+
     ranks.start(computes, sleeps_in_step_1)
-    time.sleep(LIMIT)
-    last = dict(ranks.transport.heard)
-    assert (last[0].computes, last[1].computes) == (True, False)
+    wait_until(lambda: len(last()) == 2, PATIENCE)
+    assert {rank: report.computes for rank, report in last().items()} == {0: True, 1: False}
 
 
 def test_a_process_that_does_not_answer_is_looked_at_and_ended() -> None:
-    child = subprocess.Popen([sys.executable, "-c", "import time\ndef naps(): time.sleep(600)\nnaps()"])
+    code = "import time\ndef naps(): print(flush=True); time.sleep(600)\nnaps()"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
         other = _process_of(child.pid)
-        time.sleep(0.5)
+        assert child.stdout is not None
+        child.stdout.readline()
         os.kill(child.pid, signal.SIGSTOP)
         said = hangs.stack_of(other, 1)
         assert said.startswith("rank 1:")
@@ -184,7 +227,7 @@ def test_a_process_that_does_not_answer_is_looked_at_and_ended() -> None:
         hangs.end(Process(other.host, other.pid, other.boot, other.namespace, "another start"))
         assert child.poll() is None, "another process by now"
         hangs.end(other)
-        assert child.wait(10) == -signal.SIGKILL
+        assert child.wait(PATIENCE) == -signal.SIGKILL
         assert "its process has ended" in hangs.stack_of(other, 1)
     finally:
         child.kill()

@@ -30,13 +30,13 @@ def test_a_signal_aborts_the_run_in_order(tmp_path: Path, number: signal.Signals
     environment = {**os.environ, "RAY_TRACKING_STORAGE": str(tmp_path / "runs")}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 240
         while not marker.exists():
             assert process.poll() is None, process.stderr and process.stderr.read()
             assert time.monotonic() < end, "training did not begin"
             time.sleep(0.1)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode == 130, errors

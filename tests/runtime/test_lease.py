@@ -190,7 +190,7 @@ def test_a_run_that_is_owned_is_refused_before_ray_is_reached(tmp_path: Path, mo
     began = time.monotonic()
     with pytest.raises(LeaseHeldError, match=f"pid {os.getpid()} on"):
         TrainingManager(get_config("testing", {"storage": str(tmp_path)}), run_id="r").fit(lease_functions.slowly)
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 20.0, "the lease of 30 s was not waited for"
     lease.check()
 
 
@@ -227,7 +227,7 @@ def test_training_is_aborted_when_the_run_is_lost(tmp_path: Path) -> None:
     with own(run, 1.0) as owner, owner.aborting(aborted.set):
         owner.check()
         run.write_bytes(Seat(2).name, run.read_bytes(Seat(1).name))  # another owner
-        assert aborted.wait(20)
+        assert aborted.wait(60)
         with pytest.raises(LeaseLostError):
             owner.check()
         with pytest.raises(LeaseLostError), owner.aborting(aborted.set):

@@ -60,6 +60,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> 
     return folder
 
 
+def wait_until_said(text: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """On stderr, where Ray forwards what its processes print by and by."""
+    said, end = "", time.monotonic() + 60
+    while text not in (said := said + capfd.readouterr().err):
+        assert time.monotonic() < end, said
+        time.sleep(0.1)
+
+
 def assert_like(undisturbed: Path, folder: Path, epochs: int = 2) -> None:
     """The same weights, bit for bit, and every step logged once."""
     assert logged(folder) == list(range(1, epochs * 12 + 1))
@@ -78,7 +86,7 @@ def test_asked_to_stop_it_saves_and_goes_on_when_resumed(tmp_path: Path, undistu
     first = record(tmp_path)
     assert (first.status, first.attempts[0].reason) == ("aborted", "stopped by request")
     step, reason = saved(tmp_path)[-1]
-    assert 6 < step < 26
+    assert 6 < step < 48, "before the end, however slowly the request gets around"
     assert reason == "stop requested" or step % 4 == 0
     result = TrainingManager.resume("r", str(tmp_path), train=faulty.train)
     assert (result.status, result.attempts) == ("completed", 2)
@@ -99,8 +107,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on(
     assert "hung at step 6: no progress for" in first
     assert second.startswith("rank 0 (pid ")
     assert "hung: it answers no more" in second
-    said = capfd.readouterr().err
-    assert "in sleep_for_ever" in said, "the stack of the rank that hangs"
+    wait_until_said("in sleep_for_ever", capfd)  # the stack of the rank that hangs
     assert_like(undisturbed, tmp_path)
 
 
@@ -147,7 +154,7 @@ def test_workers_that_find_no_room_end_the_run_after_a_while(
             manager(tmp_path, [], **{"failure.start_timeout_secs": 5}).fit(faulty.train)
     finally:
         ray.kill(squatter)
-    assert "the workers have not started for" in capfd.readouterr().err
+    wait_until_said("the workers have not started for", capfd)
 
 
 # --- the driver as a process of its own ---------------------------------------------------------------------------
@@ -201,7 +208,9 @@ def test_a_sigterm_saves_a_last_checkpoint(tmp_path: Path, undisturbed: Path) ->
 
 
 def test_a_driver_that_is_killed_is_started_again(tmp_path: Path, undisturbed: Path) -> None:
-    process = start(tmp_path, [], "--retries", "2")
+    # It sleeps soon after: the run can't be over before its driver is killed.
+    more = "--retries", "2", "--set", "failure.lease_secs=10"  # what the next one waits for
+    process = start(tmp_path, [["sleep", 1, 0, 10]], *more)
     try:
         wait_for_step(tmp_path, 8, process)
         (driver,) = children(process.pid)

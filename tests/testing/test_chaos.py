@@ -37,9 +37,8 @@ def check(evidence: dict[str, Any], times: int) -> None:
 
 @pytest.mark.ray
 def test_worker_tracker_and_driver_killed_and_nothing_shows(tmp_path: Path) -> None:
-    evidence = chaos(
-        tmp_path, "--kinds", "worker,tracker,driver", "--times", "3", "--set", "params.epochs=4", seconds=500
-    )
+    settings = "--set", "params.epochs=4", "--set", "failure.lease_secs=10"
+    evidence = chaos(tmp_path, "--kinds", "worker,tracker,driver", "--times", "3", *settings, seconds=1500)
     check(evidence, 3)
     assert sorted(each["part"] for each in evidence["recoveries"]) == ["driver", "tracker", "worker"]
     assert evidence["attempts"] == 3

@@ -19,7 +19,7 @@ from ray_tracking.tracking.tail import Tail
 from ray_tracking.tracking.transport import TransportError, unpack
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     """Poll; an AssertionError if it does not come true."""
     end = time.monotonic() + seconds
     while not condition():

@@ -36,7 +36,7 @@ class Tracked:
             self.logger.log_metrics({"loss": value + step, "speed": 2.0 * step}, step)
 
     def deliver(self) -> bool:
-        return self.sender.flush(60) and bool(self.transport.call("wait_delivered", 60.0))
+        return self.sender.flush(60) and bool(self.transport.call("wait_delivered", 180.0))
 
 
 def main(storage: str, lease_secs: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +44,28 @@ def batch(*steps: int) -> bytes:
     return pack([(step, "scalar", step, 1.0, {"loss": 0.5}) for step in steps])
 
 
+def next_in_flight(transport: ChildTransport) -> threading.Event:
+    """Set once the next request has been sent and its answer is waited for."""
+    sent = threading.Event()
+    receive = transport._pipe.receive
+
+    def wait(*arguments: Any) -> Any:
+        sent.set()
+        return receive(*arguments)
+
+    transport._pipe.receive = wait  # type: ignore[method-assign]
+    return sent
+
+
+def pipes() -> set[str]:
+    """Those that this process has open."""
+    found = set()
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own, and what other threads close
+            found.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return {name for name in found if name.startswith("pipe:")}
+
+
 def test_killed_over_and_over_nothing_is_lost_or_doubled(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     transport = ChildTransport(spec(tmp_path))
     sender = Sender(transport, rank=0, attempt=transport.call("begin_attempt", 1), interval=0.005)
@@ -60,7 +84,7 @@ def test_killed_over_and_over_nothing_is_lost_or_doubled(tmp_path: Path, capfd: 
         for _ in range(50):
             step += 1
             log_metrics({"loss": step / 2}, step)
-        assert sender.flush(30)
+        assert sender.flush(60)
         pids.add(transport.pid)
         assert steps_of(tmp_path) == list(range(1, step + 1))
     assert len(pids) == 4
@@ -75,6 +99,7 @@ def test_killed_while_a_request_is_in_flight(tmp_path: Path) -> None:
     transport = ChildTransport(spec(tmp_path))
     attempt = transport.call("begin_attempt", 1)
     os.kill(transport.pid, signal.SIGSTOP)
+    sent = next_in_flight(transport)
     failed: list[Exception] = []
 
     def send() -> None:
@@ -85,9 +110,9 @@ def test_killed_while_a_request_is_in_flight(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=send)
     thread.start()
-    time.sleep(0.1)
+    assert sent.wait(60)
     os.kill(transport.pid, signal.SIGKILL)
-    thread.join(10)
+    thread.join(60)
     assert [str(error) for error in failed] == ["the tracker process ended"]
     assert transport.append(0, attempt, batch(1, 2, 3)) == 3
     transport.close()
@@ -100,7 +125,7 @@ def test_a_call_has_a_deadline_and_its_late_answer_confuses_nobody(tmp_path: Pat
     began = time.monotonic()
     with pytest.raises(TransportError, match="did not answer within"):
         transport.call("has_history", timeout=0.2)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 30
     os.kill(transport.pid, signal.SIGCONT)
     assert transport.call("begin_attempt", 1) == 1  # not has_history's False
     assert transport.call("begin_attempt", 1) == 2
@@ -111,6 +136,7 @@ def test_close_is_bounded_while_the_process_hangs_in_a_request(tmp_path: Path) -
     transport = ChildTransport(spec(tmp_path))
     attempt = transport.call("begin_attempt", 1)
     os.kill(transport.pid, signal.SIGSTOP)
+    sent = next_in_flight(transport)
     failed: list[TransportError] = []
 
     def send() -> None:
@@ -121,13 +147,13 @@ def test_close_is_bounded_while_the_process_hangs_in_a_request(tmp_path: Path) -
 
     thread = threading.Thread(target=send)
     thread.start()
-    time.sleep(0.1)
+    assert sent.wait(60)
     began = time.monotonic()
     with pytest.raises(TransportError, match="busy"):
         transport.call("close", "completed", "done", timeout=0.2)
     transport.close(0.3)
-    thread.join(10)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 9  # by itself it waits for ten
+    thread.join(60)
     assert len(failed) == 1
     with pytest.raises(TransportError, match="closed"):
         transport.call("last_step")
@@ -192,14 +218,14 @@ def test_more_open_files_than_select_can_take(tmp_path: Path) -> None:
 
 
 def test_processes_are_reaped_and_pipes_closed(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = pipes()  # other threads of the tests, Ray's say, open and close files
     transport = ChildTransport(spec(tmp_path))
     for _ in range(2):
         os.kill(transport.pid, signal.SIGKILL)
         wait_until(lambda: transport._process.poll() is not None)
         assert transport.call("last_step") == 0
     transport.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert pipes() <= before
 
 
 def test_a_second_one_is_refused_by_name_while_the_first_lives_and_after_it_was_killed(tmp_path: Path) -> None:
@@ -243,7 +269,7 @@ def test_stopped_for_longer_than_its_lease_it_writes_nothing_when_it_goes_on(tmp
         assert second.deliver()
         while stopped:
             os.kill(stopped.pop(), signal.SIGCONT)
-        output, _ = first.communicate(timeout=60)
+        output, _ = first.communicate(timeout=180)
         assert output.splitlines() == [f"LeaseLostError 2 {second.transport.pid}"] * 2 + ["unsent 10"]
         second.log(range(26, 31), 500.0)
         assert second.deliver()
@@ -279,7 +305,7 @@ def test_stopped_for_longer_than_its_lease_it_writes_nothing_when_it_goes_on(tmp
 
 def taken_over(tmp_path: Path) -> Tracked:
     """The lease is held until it has run out; then the second script goes on from a checkpoint of step 10."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while True:
         try:
             return Tracked(str(tmp_path), 1.5, 10)

@@ -33,6 +33,7 @@ __all__ = ["s3_server", "s3_uri"]
 pytestmark = pytest.mark.usefixtures("quick")
 
 SECONDS = 2.0
+"""The lease of one that is taken over from: the other has to wait for it to run out."""
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> list[FakeBackend]:
 def start(tmp_path: Path) -> Iterator[Any]:
     services: list[TrackerService] = []
 
-    def start(lease: str | None = None, seconds: float = SECONDS) -> TrackerService:
+    def start(lease: str | None = None, seconds: float = 30.0) -> TrackerService:
         spec = TrackerSpec("run-1", "run", str(tmp_path), str(tmp_path), lease=lease, lease_secs=seconds)
         services.append(TrackerService(spec))
         return services[-1]
@@ -83,11 +84,12 @@ def take_over(tmp_path: Path, start: Any, stale: TrackerService) -> TrackerServi
     """As if `stale` had been stopped for longer than its lease: it has not renewed it, nor looked at it."""
     stale._hold._keeper._over.set()
     stale._hold._keeper._thread.join()
-    for file in Path(run_of(tmp_path).path(FOLDER)).iterdir():
-        os.utime(file, (time.time() - 60,) * 2)
     clock = stale._hold._lease._clock
     stopped = clock.now()
     clock.now = lambda: stopped  # type: ignore[method-assign]
+    stale._hold._lease.renew()  # so that it is sure for as long as it is stopped: its threads go on here
+    for file in Path(run_of(tmp_path).path(FOLDER)).iterdir():
+        os.utime(file, (time.time() - 60,) * 2)
     later = start()
     clock.now = lambda: stopped + SECONDS  # type: ignore[method-assign]
     return later
@@ -113,7 +115,7 @@ def test_a_run_that_is_completed_is_not_held_by_who_was_refused(start: Any, tmp_
 
 
 def test_the_driver_owns_the_run_and_its_trackers_write_it(start: Any, tmp_path: Path) -> None:
-    driver = acquire(run_of(tmp_path), duration=SECONDS)
+    driver = acquire(run_of(tmp_path))
     with LeaseKeeper(driver):
         first = start(driver.ticket)
         first.append(0, first.begin_attempt(1), batch(1, 2))
@@ -132,11 +134,13 @@ def test_the_driver_owns_the_run_and_its_trackers_write_it(start: Any, tmp_path:
 def test_one_that_was_taken_over_from_writes_nothing_more(
     start: Any, tmp_path: Path, backends: list[FakeBackend]
 ) -> None:
-    first = start()
+    first = start(seconds=SECONDS)
     assert first.begin_attempt(1) == 1
     first.append(0, 1, batch(1, 2, 3))
-    assert first.wait_delivered(20)
+    assert first.wait_delivered(60)
     second = take_over(tmp_path, start, first)
+    # Its cursor may be on its way to storage, begun in time.
+    wait_until(lambda: not first._deliveries[0]._thread.is_alive())
     assert second.begin_attempt(1) == 2
     second.append(0, 2, pack([(1, "attempt", 2, 1.0, {"attempt": b""})]))
     second.append(0, 2, pack([(2, "scalar", 3, 1003.0, {"loss": 1.5}), (3, "scalar", 4, 1004.0, {"loss": 2.0})]))
@@ -159,7 +163,6 @@ def test_one_that_was_taken_over_from_writes_nothing_more(
         assert lost.value.epoch == 2
         assert lost.value.run == "run-1"
     first._deliveries[0]._save()
-    wait_until(lambda: not first._deliveries[0]._thread.is_alive())
     now = {name: run_of(tmp_path).read_bytes(name) for name in before}
     mine = {name for name in now if now[name] != before[name]}
     assert mine <= {"summary.json", "cursors/memory.json"}, "those of the second, which goes on"
@@ -184,7 +187,7 @@ def test_a_record_that_was_written_late_is_written_over(
     start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service_module, "_SUMMARY_SECONDS", 0.05)
-    first = start()
+    first = start(seconds=SECONDS)
     first.begin_attempt(1)
     second = take_over(tmp_path, start, first)
     second.begin_attempt(1)
@@ -208,7 +211,7 @@ def test_a_storage_that_is_away_for_longer_than_the_lease_is_only_a_delay(
     start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody has taken over meanwhile: what was refused is sent again and kept."""
-    first = start()
+    first = start(seconds=SECONDS)
     first.begin_attempt(1)
     first.append(0, 1, batch(1))
     away = [True]
@@ -233,7 +236,7 @@ def test_on_s3(s3_uri: str, tmp_path: Path) -> None:
     """The storage's own conditions and clock decide there; segments carry the writer's lease in their names."""
     run = Storage.open(s3_uri).child("run-1")
     spec = TrackerSpec("run-1", "run", s3_uri, str(tmp_path), tracking={"enabled": False})
-    driver = acquire(run)
+    driver = acquire(run, duration=300.0)  # nobody renews it
     first = TrackerService(replace(spec, lease=driver.ticket))
     first.append(0, first.begin_attempt(1), batch(1, 2))
     with pytest.raises(LeaseHeldError, match=f"pid {os.getpid()} on"):

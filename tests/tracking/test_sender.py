@@ -55,7 +55,7 @@ def test_exactly_once_and_in_order_over_a_tracker_that_fails(seed: int, monkeypa
             sender.put(Kind.TEXT, step, {"note": b"text"})
         if step % 40 == 0:
             time.sleep(0.005)
-    assert sender.flush(20)
+    assert sender.flush(60)
     scalars = [(event.step, event.payload) for event in tracker.events if event.kind == "scalar"]
     assert scalars == [(step, {"loss": step / 2}) for step in range(1, 301)]
     assert [event.seq for event in tracker.events] == list(range(1, 307))
@@ -72,7 +72,7 @@ def test_many_threads_lose_nothing() -> None:
         for i in range(200):
             log_metrics({f"t{number}": float(i)})
             if i % 50 == 0:
-                assert sender.flush(20)
+                assert sender.flush(60)
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
     for thread in threads:
@@ -93,7 +93,7 @@ def test_nothing_logged_is_nothing_to_wait_for() -> None:
     log_metrics({"a": 1.0})
     log_metrics({})
     log_metrics({}, 7)
-    assert sender.flush(5)
+    assert sender.flush(60)
     assert sender.close() == 0
     assert [event.payload for event in tracker.events] == [{"a": 1.0}]
 
@@ -185,7 +185,7 @@ def test_a_value_that_raises_when_it_is_read_later(capsys: pytest.CaptureFixture
     log_metrics({"bad": Spiteful(1, 2)})
     sender._take()
     log_metrics({"good": 1.0})
-    assert sender.flush(5)
+    assert sender.flush(60)
     assert [event.payload for event in tracker.events] == [{"good": 1.0}]
     assert sender.latest() == {"good": 1.0}
     assert sender.rejected == 1
@@ -214,7 +214,7 @@ def test_flush_waits_for_the_acknowledgement() -> None:
     sender.metrics_logger(Clock())({"a": 1.0})
     assert sender.flush(0.1) is False
     tracker.open.set()
-    assert sender.flush(5) is True
+    assert sender.flush(60) is True
     assert len(tracker.events) == 1
     sender.close()
 
@@ -233,7 +233,7 @@ def test_the_courier_outlives_every_error(error: Exception) -> None:
     sender.metrics_logger(Clock())({"a": 1.0})
     wait_until(lambda: tracker.calls > 2)
     tracker.error = None
-    assert sender.flush(5)
+    assert sender.flush(60)
     assert len(tracker.events) == 1
     assert sender.close() == 0
 
@@ -248,7 +248,7 @@ def test_what_never_arrives_is_counted_and_said(capsys: pytest.CaptureFixture[st
     began = time.monotonic()
     assert sender.close(timeout=0.2) == 5
     assert sender.close() == 5
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     shown = capsys.readouterr().err
     assert shown.count("tracking records lost") == 1
     assert "the tracker process ended" in shown
@@ -261,7 +261,7 @@ def test_close_is_bounded_while_the_tracker_hangs() -> None:
     sender.metrics_logger(Clock())({"a": 1.0})
     began = time.monotonic()
     assert sender.close(timeout=0.2) == 1
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20
     tracker.open.set()
 
 
@@ -288,7 +288,7 @@ def test_a_run_that_another_process_writes_is_given_up_at_once(capfd: pytest.Cap
     sender = make(tracker, memory_limit=1000)
     log_metrics = sender.metrics_logger(Clock())
     log_metrics({"loss": 1.0}, 1)
-    assert sender.flush(10)
+    assert sender.flush(60)
     tracker.error = LeaseLostError("the run is written by pid 7 on far", run="r", epoch=2)
     log_metrics({"loss": 2.0}, 2)
     with pytest.raises(LeaseLostError, match="pid 7 on far") as lost:
@@ -302,7 +302,7 @@ def test_a_run_that_another_process_writes_is_given_up_at_once(capfd: pytest.Cap
     assert len(sender._events) == 0, "what nobody will take does not pile up"
     began = time.monotonic()
     assert sender.close(30.0) == 4998
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert tracker.calls == calls, "not tried again"
     assert [event.step for event in tracker.events] == [1]
     said = capfd.readouterr().err

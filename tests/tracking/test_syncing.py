@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> RunBuilder:
 
 def fill(run: RunBuilder, *backends: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Outcome]:
     monkeypatch.setattr(syncing, "create_backends", lambda _: list(backends))
-    tracking = ExperimentTrackingConfig.model_validate({"delivery": {"deadline_secs": 0.3}})
+    tracking = ExperimentTrackingConfig.model_validate({"delivery": {"deadline_secs": 0.6}})
     outcomes = syncing.sync(run.store, run.record, tracking, **options)
     return {one.backend: one for one in outcomes}
 

@@ -49,7 +49,10 @@ def valley(run: Run) -> None:
 
 
 def population(run: Run) -> None:
-    """The digits example. Each start leaves what it restored in params.started: `<run id>-<attempt>.pt`."""
+    """The digits example, two trials. Each start leaves what it restored in params.started: `<run id>-<attempt>.pt`.
+
+    They begin to train at the same time: one that was through before the other came would give it nothing.
+    """
     plain = run.restore
 
     def restore(**objects: Any) -> bool:
@@ -59,6 +62,10 @@ def population(run: Run) -> None:
             rates = [group["lr"] for group in objects["optimizer"].param_groups]
             state = {"weights": weights, "rates": rates, "step": run.step, "lr": run.params["lr"]}
             torch.save(state, Path(run.params["started"]) / f"{run.tracker.run_id}-{run.attempt}.pt")  # type: ignore[attr-defined]
+            end = time.monotonic() + 240
+            while len(list(Path(run.params["started"]).glob("*-1.pt"))) < 2:
+                assert time.monotonic() < end, "the other trial did not start"
+                time.sleep(0.05)
         return found
 
     run.restore = restore  # type: ignore[method-assign]

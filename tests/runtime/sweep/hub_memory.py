@@ -66,8 +66,9 @@ def make_hub(storage: Path) -> SweepHub:
 def track_one(hub: SweepHub, number: int) -> None:
     run_id = trial_run_id("memory", number)
     hub.expect(f"t{number}", run_id)
-    hub.begin(f"t{number}", {"lr": number / 1000}, None)
-    attempt = hub.call(run_id, "begin_attempt", 1)
+    begun = hub.begin(f"t{number}", {"lr": number / 1000}, b"", is_ready=True)
+    attempt = begun.attempt
+    assert attempt is not None
     now = time.time()
     rows = [(0, Kind.ATTEMPT.value, -1, now, {"attempt": b""})]
     rows += [
@@ -75,6 +76,7 @@ def track_one(hub: SweepHub, number: int) -> None:
         for step in range(1, STEPS + 1)
     ]
     hub.append(run_id, 0, attempt, pack(rows))
+    hub.rest(run_id, begun.since)
     hub.end(run_id, "completed", "completed")
     hub.note(number, {"loss": 1 / number})
 

@@ -39,7 +39,7 @@ def test_it_ends_in_order_and_goes_on(tmp_path: Path) -> None:
     stopping.request(store.directory("asked"))  # of an earlier session: it means nothing to this one
 
     def ask() -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 240
         while time.monotonic() < end:
             if any(store.directory(trial).exists("journal") for trial in store.trials("asked")):
                 time.sleep(1.0)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +8,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from ray_tracking.config.sweep import SchedulerConfig, StopConfig, SweepConfig
 from ray_tracking.runs.sweep import TrialRecord, TrialStatus
+from ray_tracking.runtime.sweep import stopping
 from ray_tracking.runtime.sweep.reporting import REPORTS
 from ray_tracking.runtime.sweep.result import time_left
 from ray_tracking.runtime.sweep.stopping import Reasons, StopRules, make_scheduler
@@ -43,15 +44,17 @@ def test_when_a_trial_ends(keys, values, expected):
     assert ("t" in reasons.trials) == (expected is not None)
 
 
-def test_when_the_sweep_ends():
+def test_when_the_sweep_ends(monkeypatch):
     assert not rules()[0].stop_all()
     assert not rules(trials_without_gain=3, since_gain=2)[0].stop_all()
     stopper, reasons = rules(trials_without_gain=3, since_gain=3)
     assert stopper.stop_all()
     assert reasons.sweep == "no new best in 3 trials"
+    now = 1000.0
+    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: now))
     stopper, reasons = rules(seconds=0.05)
     assert not stopper.stop_all()
-    time.sleep(0.06)
+    now += 0.06
     assert stopper.stop_all()
     assert reasons.sweep == "the sweep's 0.05 s are over"
 

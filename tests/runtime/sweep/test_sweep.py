@@ -251,12 +251,13 @@ def test_a_sweep_whose_driver_was_killed_goes_on(tmp_path):
     """After the fourth of eight trials: none runs twice from its start, none is missing, the points are the same."""
     started = tmp_path / "started"
     search = {"space": {"x": {"uniform": [0, 1]}}, "num_samples": 8, "max_concurrent": 2, "seed": 5}
-    plain = {"name": "valley", "storage": str(tmp_path / "runs"), "sweep": search}
+    plain = {"name": "valley", "storage": str(tmp_path / "runs"), "sweep": search, "failure": {"lease_secs": 10}}
     plain |= {"params": {"started": str(started), "pause": 0.3}, "training": {"default": {"save_on_epoch_end": True}}}
     file = tmp_path / "sweep.yaml"
     file.write_text(json.dumps(plain))
     command = [sys.executable, "-m", "ray_tracking", "sweep", "tests.runtime.sweep.functions:valley", "-c", str(file)]
     address = ray.get_runtime_context().gcs_address
+    others = alive()
     driver = subprocess.Popen(
         [*command, "--env", "testing", "--run-id", "killed", "--address", address],
         start_new_session=True,
@@ -274,6 +275,7 @@ def test_a_sweep_whose_driver_was_killed_goes_on(tmp_path):
     finally:
         driver.kill()
         driver.wait()
+    wait_until_gone(others)  # until then a trial may still begin, or end
     before = {trial.number: trial for trial in store.load()}
     assert 4 <= sum(trial.status.is_over for trial in before.values()) < 8
     begun = {line.split()[0] for line in started.read_text().splitlines()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,8 @@ from ray_tracking.tracking.cursor import BackendState, Cursor
 from tests.testing.chaos.training_stub import SAVE_STEPS
 
 STEPS = 60
+HELD = f"held:{STEPS}"
+"""The run can't be over before a strike, however late it comes: `let_go`."""
 AWAY = 0.5
 
 
@@ -51,14 +53,30 @@ class StubScene:
         return self.outages.get(part)
 
 
-def campaign(folder: Path, how: str = "well", patience: float = 60.0, **outages: Outage) -> Campaign:
+def campaign(
+    folder: Path,
+    how: str = "well",
+    patience: float = 60.0,
+    away: float = AWAY,
+    say: Callable[[str], None] = lambda _: None,
+    **outages: Outage,
+) -> Campaign:
     scene = StubScene(folder, how, {Part(name): outage for name, outage in outages.items()})
-    return Campaign(scene, Storage.open(folder), folder, lambda _: None, patience=patience, away=AWAY)
+    return Campaign(scene, Storage.open(folder), folder, say, patience=patience, away=away)
+
+
+def let_go(folder: Path, step: int = STEPS) -> None:
+    (folder / f"go-{step}").touch()
+
+
+def going_on_after(fault: int, folder: Path) -> Callable[[str], None]:
+    """Hears what a campaign says: the stub, which is held, goes on once that fault has hit."""
+    return lambda line: let_go(folder) if line.startswith(f"fault {fault}:") else None
 
 
 def test_the_driver_is_killed_and_started_again_until_the_run_is_completed(tmp_path: Path) -> None:
     strikes = [Strike(1, Part.DRIVER, 14, 0.0, 0.0), Strike(2, Part.DRIVER, 35, 3.0, 0.0)]
-    hits = campaign(tmp_path).run("r", strikes)
+    hits = campaign(tmp_path, HELD, say=going_on_after(2, tmp_path)).run("r", strikes)
     runs = RunStore(Storage.open(tmp_path))
     record = runs.load("r")
     assert record.status == "completed"
@@ -78,7 +96,7 @@ def test_the_driver_is_killed_and_started_again_until_the_run_is_completed(tmp_p
 def test_a_worker_that_is_killed_needs_a_new_attempt_before_the_next_strike(tmp_path: Path) -> None:
     """The stub does not start its worker again: the second strike never comes, and is not counted."""
     strikes = [Strike(1, Part.WORKER, 5, 0.0, 0.9), Strike(2, Part.WORKER, 6, 0.0, 0.9)]
-    hits = campaign(tmp_path).run("r", strikes)
+    hits = campaign(tmp_path, HELD, say=going_on_after(1, tmp_path)).run("r", strikes)
     assert [hit.strike.number for hit in hits] == [1]
 
 
@@ -106,11 +124,13 @@ def test_a_run_that_stands_still_is_ended(tmp_path: Path) -> None:
 
 
 class Lamp:
-    """An outage that is felt or not, and says whether it was ended."""
+    """An outage that is felt or not, and says whether it was ended. After each the stub is let go on to a step."""
 
-    def __init__(self, felt: str | None) -> None:
+    def __init__(self, felt: str | None, folder: Path, *steps: int) -> None:
         self.is_on = True
         self.said = felt
+        self._folder = folder
+        self._steps = list(steps)
 
     def begin(self) -> list[int]:
         assert self.is_on
@@ -120,6 +140,7 @@ class Lamp:
     def end(self) -> None:
         assert not self.is_on
         self.is_on = True
+        let_go(self._folder, self._steps.pop(0))
 
     def felt(self) -> str | None:
         assert not self.is_on
@@ -128,12 +149,13 @@ class Lamp:
 
 @pytest.mark.parametrize("felt", ["failing", None])
 def test_what_is_taken_away_is_given_back_and_how_it_was_felt_is_noted(tmp_path: Path, felt: str | None) -> None:
-    lamp = Lamp(felt)
-    (hit,) = campaign(tmp_path, mlflow=lamp).run("r", [Strike(1, Part.MLFLOW, 5, 0.0, 0.0)])
+    lamp = Lamp(felt, tmp_path, STEPS)
+    away = AWAY if felt is None else 60.0
+    (hit,) = campaign(tmp_path, HELD, away=away, mlflow=lamp).run("r", [Strike(1, Part.MLFLOW, 5, 0.0, 0.0)])
     assert lamp.is_on
     assert (hit.pids, hit.noticed) == ((7,), felt)
     assert hit.outage is not None
-    assert (hit.outage < AWAY) == (felt is not None), "once it was felt there is nothing to wait for"
+    assert (hit.outage < away) == (felt is not None), "once it was felt there is nothing to wait for"
     runs = RunStore(Storage.open(tmp_path))
     (found,) = recoveries([hit], rows(runs.directory("r")), runs.load("r").attempts)
     assert found.while_training
@@ -151,10 +173,14 @@ def test_a_backend_that_lacks_something_at_the_end_is_filled_or_the_campaign_fai
 
 
 def test_a_felt_outage_leaves_half_of_the_time_to_the_next_strike(tmp_path: Path) -> None:
-    stubbed = campaign(tmp_path, mlflow=Lamp("failing"))
+    stubbed = campaign(tmp_path, f"held:20,{STEPS}", away=60.0, mlflow=Lamp("failing", tmp_path, 20, STEPS))
+    for step in (20, STEPS):
+        let_go(tmp_path, step)
     stubbed.run("undisturbed")
+    for step in (20, STEPS):
+        (tmp_path / f"go-{step}").unlink()
     stubbed._pace = 0.02  # as it is where nothing else runs
     strikes = [Strike(1, Part.MLFLOW, 5, 0.0, 0.0), Strike(2, Part.MLFLOW, 25, 0.0, 0.0)]
     first, _ = stubbed.run("r", strikes)
     assert first.outage is not None
-    assert first.outage >= 0.2
+    assert 0.2 <= first.outage < 60.0

@@ -12,9 +12,10 @@ import pytest
 
 from ray_tracking.testing.chaos.plan import Part
 from ray_tracking.testing.chaos.processes import Launched, Process, await_end, descendants, snapshot
+from tests.tracking.fakes import wait_until
 
 FAMILY = '''
-import subprocess, sys, time
+import os, subprocess, sys, time
 subprocess.Popen(["ray::RayTrainWorker.run", "1000"], executable="/bin/sleep")
 subprocess.Popen(["ray::TrackerActor", "1000"], executable="/bin/sleep")
 # a parent that ends: its child is nobody's then, but still ours
@@ -24,7 +25,8 @@ subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)  " + titl
 sys.stdin.read()"""
 parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
 print("begun", flush=True)
-time.sleep(float(sys.argv[1]))
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.02)
 parent.stdin.close()
 parent.wait()
 print("orphaned", flush=True)
@@ -34,13 +36,13 @@ time.sleep(1000)
 
 @pytest.fixture
 def family(tmp_path: Path) -> Iterator[Launched]:
-    driver = Launched([sys.executable, "-c", FAMILY, "0.5"], os.environ, tmp_path / "output")
+    driver = Launched([sys.executable, "-c", FAMILY, str(tmp_path / "go")], os.environ, tmp_path / "output")
     yield driver
     driver.kill_all()
 
 
 def until(driver: Launched, part: Part) -> list[Process]:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while time.monotonic() < end:
         if found := driver.find(part):
             return found
@@ -67,13 +69,13 @@ def test_parts_are_found_and_one_alone_is_killed(family: Launched) -> None:
     assert family.status is None
 
 
-def test_everything_is_killed_with_the_driver_and_nothing_else(family: Launched) -> None:
+def test_everything_is_killed_with_the_driver_and_nothing_else(family: Launched, tmp_path: Path) -> None:
     bystander = subprocess.Popen(["ray::RayTrainWorker.other", "1000"], executable="/bin/sleep")
     try:
         until(family, Part.WORKER)
         (writer,) = until(family, Part.WRITER)
-        while "orphaned" not in family.tail():
-            time.sleep(0.02)
+        (tmp_path / "go").touch()  # now that it was seen it is remembered
+        wait_until(lambda: "orphaned" in family.tail(), 60)
         killed = {process.pid for process in family.kill_all()}
         assert {family.pid, writer.pid} <= killed
         assert family.status == -signal.SIGKILL
@@ -94,7 +96,7 @@ def test_a_process_that_has_ended_but_was_not_waited_for_is_dead() -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
     assert ended.stdout is not None
     ended.stdout.read()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while ended.pid in snapshot() and time.monotonic() < end:
         time.sleep(0.01)
     assert ended.pid not in snapshot()

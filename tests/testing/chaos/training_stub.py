@@ -2,7 +2,7 @@
 
 `python -m tests.testing.chaos.training_stub STORAGE RUN_ID STEPS HOW` goes on where the run stopped. HOW: `well`,
 `badly` (it ends with an error after 30 steps), `silently` (it logs no step at all), `lingering` (it does not end when
-its run is completed).
+its run is completed), `held:A,B` (before each of these steps it waits for a file `go-A` or `go-B` in STORAGE).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from ray_tracking.journal.reader import JournalReader
 from ray_tracking.journal.writer import JournalWriter
@@ -36,7 +37,10 @@ def main(storage: str, run_id: str, steps: int, how: str) -> None:
     helper = subprocess.Popen([WORKER, "1000"], executable="/bin/sleep")
     if how == "silently":
         time.sleep(1000)
+    held = how.removeprefix("held:").split(",") if how.startswith("held:") else []
     for step in range(max(resumed, 0) + 1, steps + 1):
+        while str(step) in held and not Path(storage, f"go-{step}").exists():
+            time.sleep(0.02)
         row = Record(Kind.SCALAR, "train/loss", step, time.time(), 1.0 / step, attempt=number, seq=step)
         writer.append([row])
         time.sleep(0.02)

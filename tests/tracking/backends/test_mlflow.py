@@ -185,14 +185,14 @@ def test_models_are_copied_only_if_asked_for(run: RunInfo, log_models: bool) -> 
 
 
 def test_a_dead_port_answers_within_seconds(run: RunInfo) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    backend = MLflowBackend(tracking_uri=f"http://user:secret@127.0.0.1:{port}")
-    began = time.monotonic()
-    with pytest.raises(BackendError, match="tracking_uri") as raised:
-        backend.open(run, None)
-    assert time.monotonic() - began < 10
+    with socket.socket() as bound:  # so that nobody else gets the port; it is not listened on
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        backend = MLflowBackend(tracking_uri=f"http://user:secret@127.0.0.1:{port}")
+        began = time.monotonic()
+        with pytest.raises(BackendError, match="tracking_uri") as raised:
+            backend.open(run, None)
+        assert time.monotonic() - began < 30  # by itself MLflow's client tries for minutes
     assert not isinstance(raised.value, BackendRefusedError)
     assert "secret" not in str(raised.value)
 

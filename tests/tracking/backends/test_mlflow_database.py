@@ -30,7 +30,8 @@ def experiments(path: Path) -> list[str]:
 
 def test_killed_while_it_is_made(tmp_path: Path) -> None:
     path = tmp_path / "mlflow.db"
-    process = subprocess.Popen([sys.executable, "-c", _MAKE, str(path)])
+    waits = "import os, time; os.link = lambda *_: time.sleep(600)\n"  # at the latest before it would be there
+    process = subprocess.Popen([sys.executable, "-c", waits + _MAKE, str(path)])
     end = time.monotonic() + 120
     while not any(name.endswith(".new") for name in os.listdir(tmp_path)):
         assert process.poll() is None
