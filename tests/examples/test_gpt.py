@@ -382,6 +382,7 @@ class TestTraining:
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # in short, the chaos command's test trains it on Ray
 def test_on_ray(ray_cluster: None, tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Two workers: it learns, writes text, and leaves a checkpoint that a model and an optimizer take."""
     from ray_tracking import TrainingManager, get_config

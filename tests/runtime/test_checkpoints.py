@@ -179,6 +179,7 @@ def test_a_key_that_is_not_there_is_said_before_anything_starts(tmp_path: Path) 
     assert not list(tmp_path.glob("c-*"))
 
 
+@pytest.mark.slow
 def test_only_the_best_and_a_point_to_resume_from(tmp_path: Path) -> None:
     """save_best_only on Ray: what is no improvement is saved to resume from, and gone with the next save."""
     rules = {

@@ -79,7 +79,7 @@ def assert_like(undisturbed: Path, folder: Path, epochs: int = 2) -> None:
 def test_asked_to_stop_it_saves_and_goes_on_when_resumed(tmp_path: Path, undisturbed: Path, asks: bool) -> None:
     """A function that asks and returns, and one that never does."""
     rules = {"training.default.save_at_end": False}
-    params = {"epochs": 4, "pause": 0.3, "asks": asks}
+    params = {"epochs": 4, "pause": 0.2, "asks": asks}
     with pytest.raises(RunStoppedError, match="ray-tracking resume r") as stopped:
         manager(tmp_path, [["stop", 1, 0, 6]], params, **rules).fit(faulty.train)
     assert stopped.value.exit_code == 1
@@ -181,9 +181,11 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
 
 
 def start(folder: Path, *arguments: Any, **options: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    """On the cluster of the tests, which is in token mode."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "RAY_AUTH_MODE": "token"}
+    address = "--address", ray.get_runtime_context().gcs_address
     return subprocess.Popen(
-        command(folder, *arguments, **options), cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+        command(folder, *arguments, *address, **options), cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
     )
 
 
