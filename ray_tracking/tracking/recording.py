@@ -22,16 +22,21 @@ log = get_logger()
 
 
 class RecordKeeper:
-    """Raises RefusedError if the run is completed. Every change raises LeaseLostError if another process writes it."""
+    """Raises RefusedError if the run is completed. Every change raises LeaseLostError if another process writes it.
 
-    def __init__(self, runs: RunStore, spec: TrackerSpec, hold: Hold) -> None:
+    `workers`: if the run is new, its first attempt begins with it, with so many workers: one write for both.
+    """
+
+    def __init__(self, runs: RunStore, spec: TrackerSpec, hold: Hold, workers: int | None = None) -> None:
         self._runs = runs
         self._hold = hold
         self._lock = threading.Lock()
         self._unsaved = False
-        self.record = self._load_or_create(spec)
+        self._ahead: int | None = None
+        """Workers of the attempt that has begun before it was asked for."""
+        self.record = self._load_or_create(spec, workers)
 
-    def _load_or_create(self, spec: TrackerSpec) -> RunRecord:
+    def _load_or_create(self, spec: TrackerSpec, workers: int | None) -> RunRecord:
         if self._runs.exists(spec.run_id):
             record = self._runs.load(spec.run_id)
             if record.status is Status.COMPLETED:
@@ -41,8 +46,18 @@ class RecordKeeper:
                 )
             return replace(record, status=Status.RUNNING)
         record = spec.new_record(time.time(), installed_versions())
+        if workers is not None:
+            record = record.begin_attempt(time.time(), workers)
+            self._ahead = workers
         self._save(record)
         return record
+
+    def begin_attempt(self, workers: int) -> int:
+        """The number of the attempt that begins, which is on storage."""
+        if self._ahead != workers:
+            self.commit(lambda record: record.begin_attempt(time.time(), workers))
+        self._ahead = None
+        return self.record.attempts[-1].number
 
     def commit(self, change: Callable[[RunRecord], RunRecord]) -> RunRecord:
         """Change the record and write it; if this raises, StorageError say, nothing has changed."""

@@ -59,11 +59,12 @@ class TrackerService:
         alone: bool = True,
         idle: bool = False,
         may_open: Callable[[], bool] = lambda: True,
+        workers: int | None = None,
     ) -> None:
         """`alone`: in its process, so that all that is logged there is of this run.
 
         `idle`: the backends are filled when the processor has nothing better to do (`priority.wait_for_idle`).
-        `may_open`: see Delivery.
+        `may_open`: see Delivery. `workers`: of the attempt that will begin first, if that is known: see RecordKeeper.
         """
         self.spec = spec
         self._alone = alone
@@ -76,13 +77,13 @@ class TrackerService:
         self._directory = self._runs.directory(spec.run_id)
         self._hold = Hold(self._directory, spec)
         try:
-            self._start(root)
+            self._start(root, workers)
         except BaseException:
             self._hold.release()
             raise
 
-    def _start(self, root: Storage) -> None:
-        self._records = RecordKeeper(self._runs, self.spec, self._hold)
+    def _start(self, root: Storage, workers: int | None) -> None:
+        self._records = RecordKeeper(self._runs, self.spec, self._hold, workers)
         attempts = self._records.record.attempts
         attempt = attempts[-1].number if attempts else 1
         self._writer = JournalWriter(self._directory, attempt, term=self._hold.term, check=self._hold.check)
@@ -134,8 +135,7 @@ class TrackerService:
 
     def begin_attempt(self, world_size: int) -> int:
         """A worker group has started: its attempt number."""
-        record = self._records.commit(lambda record: record.begin_attempt(time.time(), world_size))
-        number = record.attempts[-1].number
+        number = self._records.begin_attempt(world_size)
         self._hung = "", 0.0
         self._left_over.append(self._reducer)
         self._reducer = RankReducer(number, world_size)
@@ -250,15 +250,23 @@ class TrackerService:
             time.sleep(0.05)
         return True
 
-    def close(self, status: str, reason: str) -> dict[str, Any]:
+    def hasten(self) -> None:
+        """Somebody waits for the end: its backends are filled as soon as may be from now on."""
+        for delivery in self._deliveries:
+            delivery.hasten()
+
+    def close(self, status: str, reason: str, *, awaited: bool = True) -> dict[str, Any]:
         """End the run: deliver for at most `final_secs`, compact the journal, write the record.
 
+        `awaited`: somebody waits for it; if not, it takes what the processor has to spare (see `hasten`).
         Returns `{backends: {name: {state, delivered, pending, error}}, next_offset}`. Calling it again changes nothing.
         Raises StorageError if run.json can't be written: it may be called again then. LeaseLostError if another
         process writes the run: it is not touched then.
         """
         with self._close_lock:
             if not self._closed:
+                if awaited:
+                    self.hasten()
                 self._end_run(Status(status), reason)
                 self._closed = True
                 self._hold.release()

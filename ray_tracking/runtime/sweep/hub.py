@@ -38,6 +38,8 @@ log = get_logger()
 _NAME_SECONDS = 10.0
 _NAME_LOOK_SECONDS = 0.05
 _TRIALS_PER_COLLECTION = 8
+_WAY_SECONDS = 0.2
+"""What a trial that has ended gives to the one that begins in its place: closing a run keeps this process busy."""
 
 
 class Begun(NamedTuple):
@@ -105,6 +107,7 @@ class SweepHub:
         self._reasons: dict[str, str] = {}
         self._own: TrackerService | None = None
         self._is_stopping = False
+        self._awaited = threading.Event()
 
     def ready(self) -> int:
         """Begin a session of the sweep: its run's attempts are its sessions. Raises what TrackerService raises.
@@ -124,11 +127,12 @@ class SweepHub:
         run_id = self._name(tune_id)
         if cause := self._causes.get(run_id):
             raise RefusedError(cause)
-        service = self._service(run_id, params)
+        workers = 1 if is_ready and not self._in_group else None
+        service = self._service(run_id, params, workers)
         self._mail[run_id] = Mailbox()
         now = time.monotonic()
         self._live[run_id] = _Live(actor, None, now, now)
-        attempt = service.begin_attempt(1) if is_ready and not self._in_group else None
+        attempt = None if workers is None else service.begin_attempt(workers)
         return Begun(run_id, self._task, now, attempt, self._with_state)
 
     def rest(self, run_id: str, since: float) -> None:
@@ -175,7 +179,7 @@ class SweepHub:
             service.request_stop()
 
     def why_failed(self, run_id: str) -> str | None:
-        """What the trial's function raised since this was last asked; None: its process died without a word."""
+        """What the trial's function raised since this was last asked, or that it hung; None: it died without a word."""
         return self._reasons.pop(run_id, None) or self._causes.get(run_id)
 
     def end(self, run_id: str, status: str, reason: str, seconds: float = 0.0) -> dict[str, Any]:
@@ -187,7 +191,8 @@ class SweepHub:
             return self._ended[run_id]
         with self._resting:
             self._resting.wait_for(lambda: run_id not in self._live, seconds)
-        report = self._service(run_id).close(status, reason)
+        self._awaited.wait(_WAY_SECONDS)
+        report = self._service(run_id).close(status, reason, awaited=self._awaited.is_set())
         with self._opening:
             self._services.pop(run_id, None)
             self._making.pop(run_id, None)
@@ -198,6 +203,12 @@ class SweepHub:
             _forget_the_dead()
         return self._ended[run_id]
 
+    def hasten(self) -> None:
+        """No trial is left to begin: the driver waits for what ends."""
+        self._awaited.set()
+        for service in list(self._services.values()):
+            service.hasten()
+
     def drop_checkpoints(self, run_id: str) -> int:
         """The trial is not among the best: its checkpoints go, but for pinned ones. Returns how many went."""
         store = CheckpointStore(self._runs.directory(run_id))
@@ -206,18 +217,17 @@ class SweepHub:
             store.delete(folder)
         return len(doomed)
 
-    def end_if_still(self, seconds: float) -> dict[str, str]:
-        """End trials that have got no step further for so long; returns why, by run id."""
-        now, ended = time.monotonic(), {}
+    def end_if_still(self, seconds: float) -> None:
+        """End trials that have got no step further for so long; `why_failed` says so."""
+        now = time.monotonic()
         for run_id, live in list(self._live.items()):
             if now - live.changed >= seconds:
-                ended[run_id] = f"hung: no step further for {seconds:g} s"
+                self._reasons[run_id] = reason = f"hung: no step further for {seconds:g} s"
                 self._live.pop(run_id, None)
                 if self._in_group:  # killed, its process could not give back what its workers hold
-                    self._box(run_id).fail(ended[run_id])
+                    self._box(run_id).fail(reason)
                 else:
                     ray.kill(cloudpickle.loads(live.actor))
-        return ended
 
     # --- between rank 0 of a group and the trial's own process ------------------------------------------------------
 
@@ -281,7 +291,9 @@ class SweepHub:
                 self._live[run_id] = live._replace(position=arguments[0], changed=time.monotonic())
         return getattr(self._service(run_id), method)(*arguments)
 
-    def _service(self, run_id: str, params: Mapping[str, Any] | None = None) -> TrackerService:
+    def _service(
+        self, run_id: str, params: Mapping[str, Any] | None = None, workers: int | None = None
+    ) -> TrackerService:
         """Made at its first use, which may wait for a lease: the other trials' calls must not wait with it."""
         service, making = self._known(run_id)
         if service is None:
@@ -289,7 +301,9 @@ class SweepHub:
                 service, _ = self._known(run_id)
                 if service is None:
                     spec = self._spec(run_id, params)
-                    service = TrackerService(spec, alone=False, idle=self._idle, may_open=self._is_sweep_open)
+                    service = TrackerService(
+                        spec, alone=False, idle=self._idle, may_open=self._is_sweep_open, workers=workers
+                    )
                     if self._is_stopping:
                         service.request_stop()
                     with self._opening:

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import ray
 from ray import tune
 from ray.exceptions import RayError
 
@@ -141,7 +140,7 @@ class Session:
             self._book,
             self._metric,
             self._mode,
-            lambda *names: ray.get(self._hub.expect.remote(*names)),
+            lambda *names: self._hub.expect.remote(*names),  # a trial that begins before it is there waits for it
             scheduler.may_start if isinstance(scheduler, HyperBand) else lambda: True,
             lambda: bool(self._asked),
         )

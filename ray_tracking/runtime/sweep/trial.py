@@ -85,13 +85,15 @@ def run_trial(hub: Any, params: Mapping[str, Any], takeover: Mapping[str, Any] |
         actor = TrialHandle(hub, begun.run_id)
         task = replace(task, run_id=begun.run_id, config=config, actor=actor, attempt=begun.attempt)
         _train(hub, task, begun, None if takeover is None else Takeover(**takeover))
+    except SystemExit:
+        with suppress(RayError):
+            ray.get(hub.rest.remote(begun.run_id, begun.since))  # said before this process is gone
+        raise
     except Exception as error:
         reason = reason_in_words(error)
         ray.get(hub.failed.remote(begun.run_id, reason, is_hopeless(error) or isinstance(error, TrialGivenUpError)))
         raise TrialFailedError(reason) from error
-    finally:
-        with suppress(RayError):
-            ray.get(hub.rest.remote(begun.run_id, begun.since))
+    hub.rest.remote(begun.run_id, begun.since)
 
 
 def _train(hub: Any, task: WorkerTask, begun: Begun, takeover: Takeover | None) -> None:

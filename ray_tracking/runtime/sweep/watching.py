@@ -64,7 +64,8 @@ class Watch(Callback):
         self._begun = time.monotonic()
         self._asked: Asked | None = None
         self._ending: dict[Any, tuple[int, TrialStatus, str]] = {}
-        self._causes: dict[int, str] = {}
+        self._hunt: Any = None
+        """The hub's look for trials that hang."""
         self._dropped: set[int] = set()
         self._told: list[Any] = []
         """What the hub was told to do, and must have done before its end."""
@@ -142,6 +143,7 @@ class Watch(Callback):
 
     def finish(self, timeout: float) -> None:
         """After Tune: wait for what the hub still has to end."""
+        self._told.append(self._hub.hasten.remote())
         self._settle(timeout)
         for number, status, reason in self._ending.values():
             log.warning("the trial's run could not be ended in order in time", trial=number)
@@ -182,8 +184,6 @@ class Watch(Callback):
                     self._told.append(self._hub.drop_checkpoints.remote(self._book.run_id(trial.number)))
 
     def _why_failed(self, number: int) -> str:
-        if number in self._causes:
-            return self._causes.pop(number)
         try:
             told: str | None = ray.get(self._hub.why_failed.remote(self._book.run_id(number)), timeout=_ANSWER_SECONDS)
         except (RayError, GetTimeoutError):
@@ -191,13 +191,8 @@ class Watch(Callback):
         return told or _DIED
 
     def _end_hanging(self, seconds: float) -> None:
-        try:
-            killed = ray.get(self._hub.end_if_still.remote(seconds), timeout=_ANSWER_SECONDS)
-        except (RayError, GetTimeoutError):
-            return  # it restarts; the next look finds it
-        for trial in self._book.trials:
-            if reason := killed.get(self._book.run_id(trial.number)):
-                self._causes[trial.number] = reason
+        if self._hunt is None or ray.wait([self._hunt], timeout=0)[0]:
+            self._hunt = self._hub.end_if_still.remote(seconds)
 
     # --- looking on ---------------------------------------------------------------------------------------------------
 
