@@ -99,7 +99,6 @@ class Delivery:
         self._end: float | None = None
         self._status: str | None = None
         self._finishing = threading.Event()
-        self._awaited = threading.Event()
         self._hurried = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"deliver-{backend.name}", daemon=True)
 
@@ -115,14 +114,10 @@ class Delivery:
         self._status = status
         self._end = end
         self._finishing.set()
+        if self._idle and self._thread.is_alive() and self._thread.native_id is not None:
+            wait_no_more(self._thread.native_id)
         self.hurry()
         self._tail.wake()
-
-    def hasten(self) -> None:
-        """Somebody waits for the end: stand back no further than others."""
-        self._awaited.set()
-        if self._settled and self._idle and self._thread.is_alive() and self._thread.native_id is not None:
-            wait_no_more(self._thread.native_id)
 
     def hurry(self) -> None:
         """Someone waits for what the journal has now: make no pause before the next call."""
@@ -255,9 +250,9 @@ class Delivery:
             settle()
             if self._idle:
                 wait_for_idle()
+                if self._finishing.is_set():
+                    wait_no_more(threading.get_native_id())
             self._settled = True
-            if self._idle and self._awaited.is_set():
-                wait_no_more(threading.get_native_id())
 
     def _deliver(self, rows: Sequence[Record], lineage: Lineage) -> None:
         """Rows of one attempt, the attempt's own row alone. The cursor moves with every call that succeeded."""

@@ -250,23 +250,15 @@ class TrackerService:
             time.sleep(0.05)
         return True
 
-    def hasten(self) -> None:
-        """Somebody waits for the end: its backends are filled as soon as may be from now on."""
-        for delivery in self._deliveries:
-            delivery.hasten()
-
-    def close(self, status: str, reason: str, *, awaited: bool = True) -> dict[str, Any]:
+    def close(self, status: str, reason: str) -> dict[str, Any]:
         """End the run: deliver for at most `final_secs`, compact the journal, write the record.
 
-        `awaited`: somebody waits for it; if not, it takes what the processor has to spare (see `hasten`).
         Returns `{backends: {name: {state, delivered, pending, error}}, next_offset}`. Calling it again changes nothing.
         Raises StorageError if run.json can't be written: it may be called again then. LeaseLostError if another
         process writes the run: it is not touched then.
         """
         with self._close_lock:
             if not self._closed:
-                if awaited:
-                    self.hasten()
                 self._end_run(Status(status), reason)
                 self._closed = True
                 self._hold.release()

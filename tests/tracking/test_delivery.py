@@ -146,7 +146,6 @@ def test_it_stands_back_until_the_end_is_waited_for(journal: Journal) -> None:
     delivery = deliver(journal, backend, idle=True)
     journal.points(range(10))
     wait_until(lambda: len(shown(backend)) == 20)
-    delivery.hasten()
     assert finish(delivery).state is BackendState.COMPLETE
     assert set(backend.policies[:-1]) == {os.SCHED_IDLE}
     assert backend.policies[-1] == os.SCHED_BATCH

@@ -192,7 +192,7 @@ class SweepHub:
         with self._resting:
             self._resting.wait_for(lambda: run_id not in self._live, seconds)
         self._awaited.wait(_WAY_SECONDS)
-        report = self._service(run_id).close(status, reason, awaited=self._awaited.is_set())
+        report = self._service(run_id).close(status, reason)
         with self._opening:
             self._services.pop(run_id, None)
             self._making.pop(run_id, None)
@@ -206,8 +206,6 @@ class SweepHub:
     def hasten(self) -> None:
         """No trial is left to begin: the driver waits for what ends."""
         self._awaited.set()
-        for service in list(self._services.values()):
-            service.hasten()
 
     def drop_checkpoints(self, run_id: str) -> int:
         """The trial is not among the best: its checkpoints go, but for pinned ones. Returns how many went."""
