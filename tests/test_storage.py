@@ -270,9 +270,6 @@ def test_relative_home_and_file_paths(tmp_path, monkeypatch):
 
 # --- S3
 
-SOON = 25.0
-"""A first look takes eight seconds where nobody answers, and more than thirty with the patience of later ones."""
-
 
 def elapsed_refusal(uri: str) -> tuple[float, str]:
     started = time.monotonic()
@@ -287,7 +284,7 @@ def test_a_bad_key_is_refused_at_once(s3_server, s3_uri, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     seconds, message = elapsed_refusal(s3_uri)
     assert "AWS_SECRET_ACCESS_KEY" in message
-    assert seconds < SOON
+    assert seconds < 5
 
 
 def test_no_credentials_are_refused_at_once(s3_server, s3_uri, monkeypatch, tmp_path):
@@ -298,13 +295,13 @@ def test_no_credentials_are_refused_at_once(s3_server, s3_uri, monkeypatch, tmp_
     monkeypatch.setenv("HOME", str(tmp_path))
     seconds, message = elapsed_refusal(s3_uri)
     assert "AWS_ACCESS_KEY_ID" in message
-    assert seconds < SOON
+    assert seconds < 10
 
 
 def test_a_bucket_that_is_not_there_is_named(s3_server, s3_uri):
     seconds, message = elapsed_refusal(s3_server.uri("runs", bucket="no-such-bucket"))
     assert "no bucket 'no-such-bucket'" in message
-    assert seconds < SOON
+    assert seconds < 5
 
 
 def test_nothing_listens(monkeypatch):
@@ -316,7 +313,7 @@ def test_nothing_listens(monkeypatch):
         seconds, message = elapsed_refusal(uri)
     assert "does not answer" in message
     assert "hidden" not in message
-    assert seconds < SOON
+    assert seconds < 10
 
 
 def test_a_server_that_hangs_is_given_up(monkeypatch):
@@ -326,7 +323,7 @@ def test_a_server_that_hangs_is_given_up(monkeypatch):
         uri = f"s3://key:hidden@bucket/runs?endpoint_override=127.0.0.1:{port}&scheme=http"
         seconds, message = elapsed_refusal(uri)
     assert "does not answer" in message
-    assert seconds < SOON
+    assert seconds < 12
 
 
 def test_an_unknown_option_names_the_allowed_ones():

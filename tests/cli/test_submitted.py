@@ -34,9 +34,7 @@ PLANTED = "planted-" + "5f1c2e9ab7d04c61"
 """A secret in this process's environment and, by another path, in that of the cluster's nodes."""
 START_SECONDS = 240.0
 REFUSAL_SECONDS = 15.0
-"""On a machine that is quick and has time; `timed` allows for slower ones and for others' work."""
-IMPORT_SECONDS = 0.5
-"""Of `import ray` there."""
+"""On a machine that has time; `timed` allows for others' work on it."""
 CPUS = 3
 
 TRAIN = """
@@ -200,19 +198,11 @@ def options(run_id: str, epochs: int = 2, pause: float = 0.0, **further: object)
 
 
 def timed(cli: Cli, *arguments: str) -> tuple[Outcome, float]:
-    """The outcome, and the seconds it took; where they are too many, as they would be on a quick, idle machine."""
+    """The outcome, and the seconds it took as they would be if nothing else ran on this machine."""
     begun = time.monotonic()
     done = cli(*arguments)
-    seconds = time.monotonic() - begun
-    return done, seconds if seconds < REFUSAL_SECONDS else seconds / slowness()
-
-
-def slowness() -> float:
-    """How many times as long as there a command takes here and now."""
-    begun = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import ray"], check=True)
-    waiting_for_a_processor = os.getloadavg()[0] / (os.cpu_count() or 1)
-    return max((time.monotonic() - begun) / IMPORT_SECONDS, waiting_for_a_processor, 1.0)
+    waiting_for_a_processor = max(os.getloadavg()[0] / (os.cpu_count() or 1), 1.0)
+    return done, (time.monotonic() - begun) / waiting_for_a_processor
 
 
 def steps(store: RunStore, run_id: str) -> list[int]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,16 @@ def test_a_config_file_with_a_misspelt_key(cli: Cli) -> None:
     [["train", "job.py:nope"], ["demo", "--set", "seeed=1"], ["train", "job.py:train", "--env", "x"]],
 )
 def test_a_refusal_takes_less_than_three_seconds(arguments: list[str]) -> None:
-    """Of the processor, which are the wall time of a machine that does nothing else."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ray_tracking", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 2
-    assert used.ru_utime + used.ru_stime < 3
+    """The quickest of three: others' work on the machine is none of the command's."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    seconds = []
+    while not seconds or (min(seconds) >= 3 and len(seconds) < 3):
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "ray_tracking", *arguments]
+        done = subprocess.run(command, capture_output=True, env=environment, check=False)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 2
+    assert min(seconds) < 3
 
 
 class FakeManager:

@@ -215,7 +215,7 @@ def test_large_and_odd_texts_take_no_long():
     ):
         started = time.thread_time()
         redact_text(text)
-        assert time.thread_time() - started < 20
+        assert time.thread_time() - started < 5
 
 
 # No deadline: on a busy machine a slow example says nothing.

@@ -64,7 +64,7 @@ def test_an_alias_bomb_is_refused_at_once():
     levels = [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
     started = time.thread_time()
     message = error_of("a0: &a0 [x, x]\n" + "\n".join(levels))
-    assert time.thread_time() - started < 10
+    assert time.thread_time() - started < 2
     assert "too many values or levels, its aliases (*name) written out" in message
     assert f"Allowed: {MAX_NODES} values, {MAX_DEPTH} levels." in message
 

@@ -20,7 +20,7 @@ def test_nothing_at_the_address_is_said_at_once() -> None:
         for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
             with pytest.raises(UsageError, match=rf"No Ray cluster answers at '{address}'.*\n.*--address"):
                 _check_answers(address)
-    assert time.monotonic() - begun < 30, "Ray itself tries for a minute and more"
+    assert time.monotonic() - begun < 10
 
 
 @pytest.mark.parametrize("address", ["local", "auto", "head"])

@@ -190,7 +190,7 @@ def test_a_run_that_is_owned_is_refused_before_ray_is_reached(tmp_path: Path, mo
     began = time.monotonic()
     with pytest.raises(LeaseHeldError, match=f"pid {os.getpid()} on"):
         TrainingManager(get_config("testing", {"storage": str(tmp_path)}), run_id="r").fit(lease_functions.slowly)
-    assert time.monotonic() - began < 20.0, "the lease of 30 s was not waited for"
+    assert time.monotonic() - began < 2.0
     lease.check()
 
 

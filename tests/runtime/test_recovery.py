@@ -79,14 +79,14 @@ def assert_like(undisturbed: Path, folder: Path, epochs: int = 2) -> None:
 def test_asked_to_stop_it_saves_and_goes_on_when_resumed(tmp_path: Path, undisturbed: Path, asks: bool) -> None:
     """A function that asks and returns, and one that never does."""
     rules = {"training.default.save_at_end": False}
-    params = {"epochs": 4, "pause": 0.2, "asks": asks}
+    params = {"epochs": 4, "pause": 0.3, "asks": asks}
     with pytest.raises(RunStoppedError, match="ray-tracking resume r") as stopped:
         manager(tmp_path, [["stop", 1, 0, 6]], params, **rules).fit(faulty.train)
     assert stopped.value.exit_code == 1
     first = record(tmp_path)
     assert (first.status, first.attempts[0].reason) == ("aborted", "stopped by request")
     step, reason = saved(tmp_path)[-1]
-    assert 6 < step < 48, "before the end, however slowly the request gets around"
+    assert 6 < step < 26
     assert reason == "stop requested" or step % 4 == 0
     result = TrainingManager.resume("r", str(tmp_path), train=faulty.train)
     assert (result.status, result.attempts) == ("completed", 2)

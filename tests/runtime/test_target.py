@@ -151,7 +151,7 @@ def test_a_missing_function_is_found_without_running_the_file() -> None:
     start = time.monotonic()
     with pytest.raises(UsageError, match="no function"):
         load_target("slow.py:test")
-    assert time.monotonic() - start < 40
+    assert time.monotonic() - start < 1
 
 
 def test_a_file_that_fails_can_be_loaded_after_it_is_mended() -> None:

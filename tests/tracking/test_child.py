@@ -125,7 +125,7 @@ def test_a_call_has_a_deadline_and_its_late_answer_confuses_nobody(tmp_path: Pat
     began = time.monotonic()
     with pytest.raises(TransportError, match="did not answer within"):
         transport.call("has_history", timeout=0.2)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 3
     os.kill(transport.pid, signal.SIGCONT)
     assert transport.call("begin_attempt", 1) == 1  # not has_history's False
     assert transport.call("begin_attempt", 1) == 2
@@ -152,7 +152,7 @@ def test_close_is_bounded_while_the_process_hangs_in_a_request(tmp_path: Path) -
     with pytest.raises(TransportError, match="busy"):
         transport.call("close", "completed", "done", timeout=0.2)
     transport.close(0.3)
-    assert time.monotonic() - began < 9  # by itself it waits for ten
+    assert time.monotonic() - began < 5  # by itself it waits for ten
     thread.join(60)
     assert len(failed) == 1
     with pytest.raises(TransportError, match="closed"):

@@ -356,7 +356,7 @@ def test_an_unwritable_storage_is_said_at_once(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(StorageError, match="RAY_TRACKING_STORAGE"):
         tracker.init_experiment("x")
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize("run_id", ["../x", "/etc", "a/b", "%2e%2e", "C:\\x", ".hidden", "tensorboard", "x.db", "é"])
@@ -383,7 +383,7 @@ def test_a_broken_backend_is_named_at_the_end(tmp_path: Path, capfd: pytest.Capt
             time.sleep(0.2)
         began = time.monotonic()
         tracker.finalize_experiment()
-        assert time.monotonic() - began < 60  # it was down before: not waited for to the last second
+        assert time.monotonic() - began < 15  # it was down before: not waited for to the last second
     shown = capfd.readouterr().err
     assert "backend has not got everything; the journal has" in shown
     assert "pending=11" in shown

@@ -112,7 +112,7 @@ def test_down_to_the_end_is_pending_with_the_reason(journal: Journal) -> None:
     wait_until(lambda: len(backend.calls) > 1)
     began = time.monotonic()
     cursor = finish(delivery, 60.0)
-    assert time.monotonic() - began < 30  # it was down before: not waited for to the last second
+    assert time.monotonic() - began < 5  # it was down before: not waited for to the last second
     assert (cursor.state, cursor.offset) == (BackendState.PENDING, 0)
     assert cursor.error == "ConnectionError: nothing listens"
     assert Cursor.load(journal.storage, "memory") == cursor
@@ -191,7 +191,7 @@ def test_hanging_is_said_and_bounded(journal: Journal, capsys: pytest.CaptureFix
     assert Cursor.load(journal.storage, "memory").state is BackendState.HANGING
     began = time.monotonic()
     cursor = finish(delivery, 0.2)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 3
     assert (cursor.state, cursor.offset) == (BackendState.PENDING, 20)
     assert cursor.error is not None
     assert "no answer" in cursor.error
@@ -390,7 +390,7 @@ def test_at_the_end_a_wait_that_was_asked_for_is_kept(journal: Journal) -> None:
     wait_until(lambda: delivery.cursor.state is BackendState.FAILING)
     began = time.monotonic()
     assert finish(delivery).state is BackendState.PENDING
-    assert time.monotonic() - began < 20  # there is not as much time: at once
+    assert time.monotonic() - began < 5  # there is not as much time: at once
     assert longer.calls.count("open") == 1
 
 

@@ -248,7 +248,7 @@ def test_what_never_arrives_is_counted_and_said(capsys: pytest.CaptureFixture[st
     began = time.monotonic()
     assert sender.close(timeout=0.2) == 5
     assert sender.close() == 5
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 5
     shown = capsys.readouterr().err
     assert shown.count("tracking records lost") == 1
     assert "the tracker process ended" in shown
@@ -261,7 +261,7 @@ def test_close_is_bounded_while_the_tracker_hangs() -> None:
     sender.metrics_logger(Clock())({"a": 1.0})
     began = time.monotonic()
     assert sender.close(timeout=0.2) == 1
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 3
     tracker.open.set()
 
 
@@ -302,7 +302,7 @@ def test_a_run_that_another_process_writes_is_given_up_at_once(capfd: pytest.Cap
     assert len(sender._events) == 0, "what nobody will take does not pile up"
     began = time.monotonic()
     assert sender.close(30.0) == 4998
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 5
     assert tracker.calls == calls, "not tried again"
     assert [event.step for event in tracker.events] == [1]
     said = capfd.readouterr().err

@@ -200,16 +200,15 @@ def test_real_tensorboard_and_an_mlflow_where_nothing_listens(start: Any, tmp_pa
                 "tensorboard": {"enabled": True},
                 "wandb": {"enabled": False},
                 "mlflow": {"enabled": True, "tracking_uri": f"http://127.0.0.1:{port}"},
-                "delivery": {"final_secs": 90},
+                "delivery": {"final_secs": 6},
             }
         )
         attempt = service.begin_attempt(1)
         for begin in range(1, 301, 50):
             service.append(0, attempt, events(range(begin, begin + 50)))
-        wait_until(lambda: service.status()["backends"]["mlflow"] == "failing", 180)  # its client takes long to load
         began = time.monotonic()
         report = service.close("completed", "done")
-        assert time.monotonic() - began < 60
+        assert time.monotonic() - began < 9
     assert report["backends"]["tensorboard"]["state"] == "complete"
     mlflow = Cursor.load(Storage.open(tmp_path).child("run-1"), "mlflow")
     assert (mlflow.state, mlflow.offset) == (BackendState.PENDING, 0)

@@ -112,7 +112,7 @@ def test_nothing_there_is_said_at_once() -> None:
         begun = time.monotonic()
         with pytest.raises(UnreachableError, match=rf"127\.0\.0\.1:{port}.*\n.*ray start --head"):
             JobsClient(f"http://127.0.0.1:{port}", NO_TOKEN)
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 10
 
 
 def test_a_server_that_hangs_is_not_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +121,7 @@ def test_a_server_that_hangs_is_not_waited_for(server: Server, monkeypatch: pyte
     begun = time.monotonic()
     with pytest.raises(UnreachableError):
         JobsClient(server.address, NO_TOKEN)
-    assert time.monotonic() - begun < 50
+    assert time.monotonic() - begun < 4
 
 
 def test_all_time_outs_together_keep_the_promise_of_fifteen_seconds() -> None:

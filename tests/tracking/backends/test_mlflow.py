@@ -192,7 +192,7 @@ def test_a_dead_port_answers_within_seconds(run: RunInfo) -> None:
         began = time.monotonic()
         with pytest.raises(BackendError, match="tracking_uri") as raised:
             backend.open(run, None)
-        assert time.monotonic() - began < 30  # by itself MLflow's client tries for minutes
+        assert time.monotonic() - began < 10  # by itself MLflow's client tries for minutes
     assert not isinstance(raised.value, BackendRefusedError)
     assert "secret" not in str(raised.value)
 

@@ -214,7 +214,7 @@ def test_online_without_a_login_is_refused_at_once(run_info: RunInfo) -> None:
     began = time.monotonic()
     with pytest.raises(BackendRefusedError, match=r"(?s)no login.*wandb login.*mode: offline"):
         WandbBackend(mode="online").open(run_info, None)
-    assert time.monotonic() - began < 25  # W&B itself would wait for thirty
+    assert time.monotonic() - began < 5  # W&B itself would wait for thirty
 
 
 def test_runs_in_threads_do_not_mix(local_dir: Path) -> None:
