@@ -38,7 +38,7 @@ log = get_logger()
 _NAME_SECONDS = 10.0
 _NAME_LOOK_SECONDS = 0.05
 _TRIALS_PER_COLLECTION = 8
-_WAY_SECONDS = 0.2
+_YIELD_SECONDS = 0.2
 """What a trial that has ended gives to the one that begins in its place: closing a run keeps this process busy."""
 
 
@@ -191,7 +191,7 @@ class SweepHub:
             return self._ended[run_id]
         with self._resting:
             self._resting.wait_for(lambda: run_id not in self._live, seconds)
-        self._awaited.wait(_WAY_SECONDS)
+        self._awaited.wait(_YIELD_SECONDS)
         report = self._service(run_id).close(status, reason)
         with self._opening:
             self._services.pop(run_id, None)

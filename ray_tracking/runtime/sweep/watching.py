@@ -64,7 +64,7 @@ class Watch(Callback):
         self._begun = time.monotonic()
         self._asked: Asked | None = None
         self._ending: dict[Any, tuple[int, TrialStatus, str]] = {}
-        self._hunt: Any = None
+        self._hang_look: Any = None
         """The hub's look for trials that hang."""
         self._dropped: set[int] = set()
         self._told: list[Any] = []
@@ -191,8 +191,8 @@ class Watch(Callback):
         return told or _DIED
 
     def _end_hanging(self, seconds: float) -> None:
-        if self._hunt is None or ray.wait([self._hunt], timeout=0)[0]:
-            self._hunt = self._hub.end_if_still.remote(seconds)
+        if self._hang_look is None or ray.wait([self._hang_look], timeout=0)[0]:
+            self._hang_look = self._hub.end_if_still.remote(seconds)
 
     # --- looking on ---------------------------------------------------------------------------------------------------
 
