@@ -24,6 +24,8 @@ _BACKENDS: dict[str, Callable[..., Backend]] = {
     "mlflow": MLflowBackend,
 }
 BACKEND_NAMES = tuple(_BACKENDS)
+_PACKAGES: Mapping[str, tuple[str, ...]] = {"tensorboard": ("tensorboard", "google_crc32c")}
+"""What a backend imports, by its name; the others that of their own name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +57,18 @@ def create_backends(config: Any) -> list[Backend | UnavailableBackend]:
         options = _options(config, name)
         if not options.pop("enabled", False):
             continue
-        spec = find_spec(name)
-        if spec is None or spec.origin is None:  # no origin: just a folder of that name, such as W&B's own ./wandb
-            reason = f"The package {name} is not installed."
+        missing = next((package for package in _PACKAGES.get(name, (name,)) if not _is_installed(package)), None)
+        if missing is not None:
+            reason = f"The package {missing} is not installed."
             made.append(UnavailableBackend(name, reason, f'pip install "ray-tracking[{name}]"'))
         else:
             made.append(make(**options))
     return made
+
+
+def _is_installed(package: str) -> bool:
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None  # no origin: just a folder, such as W&B's own ./wandb
 
 
 def _options(config: Any, name: str) -> dict[str, Any]:

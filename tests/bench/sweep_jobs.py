@@ -28,7 +28,7 @@ _BATCH, _WIDE = 128, 512
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """`trials`, `at_once` of them at a time, each of `epochs` epochs of `steps` steps."""
+    """`trials`, `at_once` of them at a time, each of `epochs` epochs of `steps` steps; runs lie beside `folder`."""
 
     folder: str
     trials: int
@@ -97,7 +97,7 @@ def run_tracked(sweep: Sweep) -> float:
 
     config: dict[str, Any] = {
         "name": "bench",
-        "storage": str(Path(sweep.folder, "runs")),
+        "storage": str(Path(sweep.folder).with_name("runs")),
         "params": sweep.params,
         "experiment_tracking": THREE_BACKENDS,
         "training": {"default": {"save_steps": None, "save_at_end": False}},
