@@ -103,7 +103,8 @@ def _sentence(kind: type[Section], layers: Sequence[Layer], prefix: Path, error:
     if error["type"] == NOT_ALLOWED:
         allowed = str(error.get("ctx", {}).get("allowed"))
     quote = " Quote it to make it text." if error["type"] == "string_type" and _quotable(error["input"]) else ""
-    return f"{where}{name}: found {found}, allowed: {allowed}.{quote}"
+    end = "" if allowed.endswith("?") else "."
+    return f"{where}{name}: found {found}, allowed: {allowed}{end}{quote}"
 
 
 def _is_unknown(kind: type[Section], path: Path, error: ErrorDetails) -> bool:

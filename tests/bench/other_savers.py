@@ -119,6 +119,7 @@ def dcp_load(workload: Workload, path: Path) -> None:
     """Where the optimizer has stepped."""
     state = workload.state()
     load(state, checkpoint_id=path, no_dist=True)
+    workload.model.load_state_dict(state["model"])  # its documentation: "Users must call load_state_dict"
     workload.optimizer.load_state_dict(state["optimizer"])
 
 

@@ -26,7 +26,7 @@ from tests.bench.report import quantity
 from tests.bench.sweep_jobs import Sweep, direct, run_tracked, run_untracked, turnarounds
 
 _ROUNDS, _QUICK_ROUNDS = 3, 1
-_TRIALS, _EPOCHS, _STEPS = 12, 4, 500
+_TRIALS, _EPOCHS, _STEPS = 12, 4, 750
 _QUICK_TRIALS = 4
 _SHORT_TRIALS, _SHORT_STEPS = 11, 200
 _DIRECT = 3

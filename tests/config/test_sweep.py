@@ -134,7 +134,7 @@ def test_what_is_wrong_with_a_space_is_told_by_key(space, problem):
 def test_a_misspelt_distribution_is_not_taken_for_params():
     [problem] = problems({"space": {"lr": {"loguniforn": [0, 1]}}})
     assert problem.startswith("space.lr: found a mapping with the keys loguniforn, allowed: a distribution (uniform")
-    assert problem.endswith("did you mean loguniform?.")
+    assert problem.endswith("did you mean loguniform?")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), True, "1e-5"])
@@ -149,7 +149,7 @@ def test_ends_are_finite_numbers(value):
         (
             {"searcher": "optun"},
             'searcher.name: found "optun" (text), allowed: random, grid, optuna, hyperopt, bohb, or a dotted name; '
-            "did you mean optuna?.",
+            "did you mean optuna?",
         ),
         (
             {"searcher": "optuna", "space": {"a": {"normal": [0, 1]}}},
