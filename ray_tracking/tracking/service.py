@@ -157,6 +157,10 @@ class TrackerService:
             log.info("put down to the rank that hung", heard=reason)
             reason = hung
         log.warning("the workers failed", reason=reason)
+        self.turn(reason)
+
+    def turn(self, reason: str) -> None:
+        """The attempt ends here without a failure, and another one will begin."""
         self._records.change(lambda record: record.end_attempt(time.time(), reason))
 
     # --- records --------------------------------------------------------------------------------------------
