@@ -333,6 +333,7 @@ def test_a_run_that_fails_is_started_again_and_goes_on(cli: Cli, project: Path, 
     assert len(store.load("once").attempts) == 2
 
 
+@pytest.mark.slow
 def test_a_storage_that_one_host_does_not_share_is_refused_by_its_name(
     cli: Cli, ray: Ray, project: Path, store: RunStore, tmp_path: Path
 ) -> None:

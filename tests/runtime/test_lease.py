@@ -95,6 +95,7 @@ def reached(storage: Path, attempt: int) -> int:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_of_two_drivers_that_start_at_once_one_runs_and_the_other_is_told_which(tmp_path: Path) -> None:
     drivers = [train(tmp_path, 2, 0.1) for _ in range(2)]
     try:

@@ -137,6 +137,7 @@ def test_a_preemption_is_saved_for_twice_and_costs_no_try(tmp_path: Path, undist
     assert_like(undisturbed, tmp_path)
 
 
+@pytest.mark.slow
 def test_workers_that_find_no_room_end_the_run_after_a_while(
     tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,8 @@ from tests.runtime.sweep.test_sweep import alive, config, wait_until_gone
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_the_best_go_on_from_where_they_waited(tmp_path, workers):
     points = [{"x": x} for x in (0.9, 0.4, 0.8, 0.7, 0.6)]
     made = config(

@@ -55,6 +55,7 @@ def p99(tracker: CompositeTracker, step: int) -> float:
     return statistics.quantiles(seconds, n=100)[98]
 
 
+@pytest.mark.slow
 def test_log_metrics_takes_as_long_as_ever_and_nothing_is_lost(
     tmp_path: Path, proxy: Proxy, mlflow_server: MLflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ def sync(run: Tracked, **options: Any) -> tuple[RunRecord, syncing.Outcome]:
     return record, outcome
 
 
+@pytest.mark.slow
 def test_for_the_middle_third_and_for_the_rest(
     tmp_path: Path, track: Track, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
