@@ -17,6 +17,7 @@ from ray_tracking.testing.chaos.processes import Process, snapshot
 from ray_tracking.testing.chaos.server import MLflowServer
 from ray_tracking.testing.chaos.tmpfs import Tmpfs, why_no_tmpfs
 from ray_tracking.tracking.cursor import BackendState, Cursor
+from tests.tracking.fakes import wait_until
 
 
 def test_a_folder_is_away_with_its_service_and_comes_back_whole(tmp_path: Path) -> None:
@@ -31,6 +32,7 @@ def test_a_folder_is_away_with_its_service_and_comes_back_whole(tmp_path: Path) 
     def find(part: Part) -> list[Process]:
         return [one for one in snapshot().values() if one.pid == service.pid and one.is_part(part)]
 
+    wait_until(lambda: find(Part.WANDB))  # Popen returns a moment before the kernel shows the new command line
     outage = FolderOutage(Part.WANDB, folder, run, find)
     assert outage.begin() == [service.pid]
     assert service.wait(10) == -signal.SIGKILL
