@@ -52,10 +52,11 @@ def main(storage: str, trials: int) -> None:
 
 
 def living() -> list[str]:
-    actors = [actor.class_name for actor in list_actors(limit=1000) if actor.state != "DEAD"]
+    here = ray.get_runtime_context().gcs_address  # there may be other clusters on this machine
+    actors = [actor.class_name for actor in list_actors(here, limit=1000) if actor.state != "DEAD"]
     groups = [
         f"placement group {group.placement_group_id}"
-        for group in list_placement_groups(limit=1000)
+        for group in list_placement_groups(here, limit=1000)
         if group.state != "REMOVED"
     ]
     return [name for name in actors if name not in _OF_THE_CLUSTER] + groups
