@@ -157,10 +157,10 @@ class TrackerService:
             log.info("put down to the rank that hung", heard=reason)
             reason = hung
         log.warning("the workers failed", reason=reason)
-        self.turn(reason)
+        self.close_attempt(reason)
 
-    def turn(self, reason: str) -> None:
-        """The attempt ends here without a failure, and another one will begin."""
+    def close_attempt(self, reason: str) -> None:
+        """The record of the open attempt, if there is one, ends with this reason, which need not be a failure."""
         self._records.change(lambda record: record.end_attempt(time.time(), reason))
 
     # --- records --------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ plain `ray.tune.run` without loggers that uses its processes again, as ours does
 time, each logging two numbers a step, as the digits example does (what logging more costs is P2's); sweeps of both
 sides take turns, and the n-th of one is held against the n-th of the other. The time is the caller's, from the call to
 the result: start of the hub, of the backends and their last delivery are in it. Those are about 3 s of two cores
-whatever the length of the sweep, most of it the imports of MLflow and W&B: sweeps of 46 s take 1.09x. All tracked
-sweeps share a storage and MLflow's database in it, made by the first one, which is not counted.
+whatever the length of the sweep, most of it the imports of MLflow and W&B: a sweep shorter than a minute pays more
+than the goal. All tracked sweeps share a storage and MLflow's database in it, made by the first one, which is not
+counted.
 The cost of a trial is what it adds to the way from one trial's training to the next one's, when trials of about a
 second run one at a time: from the last step of one to the first line of the next there are its last report, its end in
 the tracker, Tune's own turn, and the next one's beginning in the tracker. Gap by gap, ours less plain. (Trials of no

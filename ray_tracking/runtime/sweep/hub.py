@@ -165,7 +165,7 @@ class SweepHub:
         """The trial will take over another's state: that must not be deleted until then."""
         service = self._services.get(run_id)
         if service is not None:  # now: its next attempt begins soon
-            service.turn(f"takes over the state of {takeover['run_id']}")
+            service.close_attempt(f"takes over the state of {takeover['run_id']}")
         hold(self._runs, Takeover(**takeover), run_id)
 
     def failed(self, run_id: str, reason: str, hopeless: bool) -> None:

@@ -79,7 +79,7 @@ def check_takeovers(runs: RunStore, trial: TrialRecord, started: Path) -> None:
     run_id = f"p.trial-{trial.number:03d}"
     attempts = runs.load(run_id).attempts
     assert len(attempts) == 1 + len(trial.takeovers)
-    for takeover, before, attempt in zip(trial.takeovers, attempts, attempts[1:], strict=False):
+    for takeover, before, attempt in zip(trial.takeovers, attempts[:-1], attempts[1:], strict=True):
         assert before.reason == f"takes over the state of {takeover['run_id']}"
         note = json.loads(runs.directory(run_id).read_bytes(f"takeover-{takeover['number']:03d}.json"))
         assert note["run_id"] == takeover["run_id"] != run_id
