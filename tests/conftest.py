@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from tests import s3
 
 # Before anything imports ray, wandb or mlflow, and inherited by every process the tests start.
 os.environ.update(
@@ -40,6 +43,21 @@ settings.load_profile("tests")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     items.sort(key=lambda item: not item.path.relative_to(here).as_posix().startswith(_LONG))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist's: what it prints nobody sees
+        session.config.workeroutput["s3"] = s3.said
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    s3.said.extend(getattr(node, "workeroutput", {}).get("s3", []))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for line in s3.said:
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session", autouse=True)
